@@ -1,0 +1,76 @@
+"""What can go wrong on purpose: errors that a person caused or must act on, and their exit codes.
+
+Everything else is a bug and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """Bad input: a key, a file or a value. One line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class PreflightError(RuntimeError):
+    """The wire that a run claims is not there (or died). Exit code 3."""
+
+    exit_code = 3
+
+
+class Stopped(Exception):  # noqa: N818 - a wish that was granted, not an error
+    """The run was asked to stop and left a valid checkpoint behind. Exit code 4."""
+
+    exit_code = 4
+
+
+def require(condition: bool, key: str, problem: str) -> None:
+    """Raises InputError("key: problem") unless the condition holds."""
+    if not condition:
+        raise InputError(f"{key}: {problem}")
+
+
+def require_number(
+    key: str,
+    value: float,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    *,
+    exclusive: bool = False,
+) -> None:
+    """Raises InputError unless value is finite and in [minimum, maximum] ((minimum, maximum] if exclusive)."""
+    low_ok = value > minimum if exclusive else value >= minimum
+    if math.isfinite(value) and low_ok and value <= maximum:
+        return
+    low = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    bounds = [low] if minimum > -math.inf else []
+    bounds += [f"at most {maximum:g}"] if maximum < math.inf else []
+    raise InputError(f"{key}: expected a finite number{' ' if bounds else ''}{' and '.join(bounds)}, got {value}")
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises InputError naming the nearest valid choice unless value is one of them."""
+    names = list(choices)
+    if value not in names:
+        raise InputError(f"{key}: unknown value {value!r}{nearest(value, names)}; expected one of {', '.join(names)}")
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """" (did you mean 'x'?)" for the closest candidate, or an empty string."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Runs main and turns the errors of this module into one line on stderr and their exit code."""
+    try:
+        code = main() or 0
+    except (InputError, PreflightError, Stopped) as error:
+        print(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
