@@ -1,0 +1,185 @@
+"""Causal grouped-query attention inside the documents of packed rows.
+
+Forms, picked by `document_attention` from the device alone:
+- CPU: `amer::document_attention`, one causal flash call per document (the blocked CPU kernel of torch), so the
+  cost grows with the length of the documents and not with that of the row. A sliding window is cut into query
+  blocks of the window's length, each against at most two windows of keys. float32, float64 and bfloat16.
+- CUDA: flex attention with a block mask made from the segments (not yet measured on a GPU).
+- `document_attention_reference`: dense scaled dot product with a boolean mask, any dtype, for tests.
+
+All of them take q (B, T, H, d), k and v (B, T, G, d) with H a multiple of G (query head h reads key head
+h // (H / G)), segment_ids (B, T) as in SequenceContext, and return (B, T, H, d).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+NO_WINDOW = 0
+CPU_KERNEL = "per-document flash attention (torch CPU)"
+CUDA_KERNEL = "flex attention with a document block mask"
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What `document_attention` runs for this device and dtype."""
+    return CUDA_KERNEL if device.type == "cuda" else CPU_KERNEL
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None = None) -> Tensor:
+    """Softmax(q k^T / sqrt(d)) v over the keys j <= i of the own document, i - j < window if one is given."""
+    if q.device.type == "cuda":
+        return flex_document_attention(q, k, v, segment_ids, window)
+    return torch.ops.amer.document_attention(q, k, v, segment_ids, window or NO_WINDOW)[0]
+
+
+def document_mask(segment_ids: Tensor, window: int | None = None) -> Tensor:
+    """(B, T, T) bool: True where query i may read key j."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    distance = index[:, None] - index[None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    return allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def document_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None = None
+) -> Tensor:
+    """The same by one dense masked attention, O(T^2) whatever the documents."""
+    mask = document_mask(segment_ids, window)
+    q, k, v = (rearrange(t, "b t h d -> b h t d") for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    return rearrange(out, "b h t d -> b t h d")
+
+
+def flex_document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None) -> Tensor:
+    """The CUDA form. Backward is not implemented by torch on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = query >= key if window is None else (query >= key) & (query - key < window)
+        return near & (segment_ids[batch, query] == segment_ids[batch, key])
+
+    batch, length = segment_ids.shape
+    block_mask = create_block_mask(allowed, batch, None, length, length, device=str(q.device))
+    q, k, v = (rearrange(t, "b t h d -> b h t d") for t in (q, k, v))
+    attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
+    out = attend(q, k, v, block_mask=block_mask, enable_gqa=True)
+    return rearrange(out, "b h t d -> b t h d")
+
+
+def _document_bounds(segment_ids: Tensor) -> list[int]:
+    """Token index in the flattened batch at which each document starts, and B * T at the end."""
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return [*starts.flatten().nonzero().flatten().tolist(), segment_ids.numel()]
+
+
+def _pieces(segment_ids: Tensor, window: int) -> Iterator[tuple[slice, slice, bool]]:
+    """(queries, keys, needs the band mask) of every flash call, as ranges of flattened tokens."""
+    bounds = _document_bounds(segment_ids)
+    for start, stop in itertools.pairwise(bounds):
+        if window == NO_WINDOW or stop - start <= window:
+            yield slice(start, stop), slice(start, stop), False
+            continue
+        for first in range(start, stop, window):
+            last = min(first + window, stop)
+            yield slice(first, last), slice(max(start, first - window + 1), last), first > start
+
+
+def _band_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
+    """(queries, keys) additive mask: 0 where 0 <= i - j < window, else -inf."""
+    i = torch.arange(queries.start, queries.stop)[:, None]
+    j = torch.arange(keys.start, keys.stop)[None, :]
+    mask = torch.zeros(i.shape[0], j.shape[1], dtype=like.dtype)
+    return mask.masked_fill_((j > i) | (i - j >= window), float("-inf"))
+
+
+def _grouped(q: Tensor, n_kv_heads: int) -> Tensor:
+    """(L, H, d) -> (G, H / G, L, d), a view: key heads as the batch, the queries of a group as heads."""
+    length, n_heads, head_dim = q.shape
+    return q.view(length, n_kv_heads, n_heads // n_kv_heads, head_dim).permute(1, 2, 0, 3)
+
+
+def _shared(k: Tensor, group: int) -> Tensor:
+    """(L, G, d) -> (G, H / G, L, d) by stride 0 over the group."""
+    return k.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
+
+
+@torch.library.custom_op("amer::document_attention", mutates_args=(), device_types="cpu")
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    batch, length, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[2]
+    group = n_heads // n_kv_heads
+    q, k, v = (t.reshape(batch * length, -1, head_dim) for t in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.empty(batch * length, n_heads, dtype=accumulate)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    for queries, keys, banded in _pieces(segment_ids, window):
+        mask = _band_mask(queries, keys, window, q) if banded else None
+        own_q, own_k, own_v = _grouped(q[queries], n_kv_heads), _shared(k[keys], group), _shared(v[keys], group)
+        part, part_lse = flash(own_q, own_k, own_v, 0.0, not banded, attn_mask=mask)
+        _grouped(out[queries], n_kv_heads).copy_(part)
+        lse[queries] = rearrange(part_lse, "g r l -> l (g r)")
+    return out.view(batch, length, n_heads, head_dim), lse.view(batch, length, n_heads)
+
+
+@_document_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulate)
+
+
+@torch.library.custom_op("amer::document_attention_backward", mutates_args=(), device_types="cpu")
+def _document_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segment_ids: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[2]
+    group = n_heads // n_kv_heads
+    shapes = q.shape, k.shape
+    grad, q, k, v, out = (t.reshape(batch * length, -1, head_dim) for t in (grad, q, k, v, out))
+    lse = lse.reshape(batch * length, n_heads)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for queries, keys, banded in _pieces(segment_ids, window):
+        mask = _band_mask(queries, keys, window, q) if banded else None
+        own = _grouped(q[queries], n_kv_heads), _shared(k[keys], group), _shared(v[keys], group)
+        own_grad, own_out = _grouped(grad[queries], n_kv_heads), _grouped(out[queries], n_kv_heads)
+        own_lse = rearrange(lse[queries], "l (g r) -> g r l", g=n_kv_heads)
+        parts = flash(own_grad, *own, own_out, own_lse, 0.0, not banded, attn_mask=mask)
+        _grouped(grad_q[queries], n_kv_heads).copy_(parts[0])
+        grad_k[keys] += parts[1].sum(1).permute(1, 0, 2)
+        grad_v[keys] += parts[2].sum(1).permute(1, 0, 2)
+    return grad_q.view(shapes[0]), grad_k.view(shapes[1]), grad_v.view(shapes[1])
+
+
+@_document_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segment_ids: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, segment_ids, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, segment_ids)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad: Tensor, _: Tensor | None):
+    q, k, v, out, lse, segment_ids = ctx.saved_tensors
+    grads = torch.ops.amer.document_attention_backward(grad, q, k, v, out, lse, segment_ids, ctx.window)
+    return *grads, None, None
+
+
+_document_attention.register_autograd(_backward, setup_context=_save)
