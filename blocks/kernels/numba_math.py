@@ -1,11 +1,11 @@
 """Scalar float32 helpers that LLVM vectorises inside Numba loops, where libm calls would not.
 
 Each takes and gives np.float32 (or raw bfloat16 bits as np.uint16), keeps NaN, and is inlined: call them in the
-innermost loop. bfloat16 tensors enter as `bfloat16_bits(tensor)`. FASTMATH never assumes NaN or inf away, so the
+innermost loop. bfloat16 tensors enter through `as_numpy(tensor)`. FASTMATH never assumes NaN or inf away, so the
 finite checks of a training loop still see them.
 """
 
-# mypy: disable-error-code="call-arg"
+# mypy: disable-error-code="call-arg, var-annotated"
 from __future__ import annotations
 
 from typing import Any
@@ -24,7 +24,8 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 def launch_threads() -> None:
     """Sets Numba's threads to torch's, clipped to what Numba was launched with. Call before each kernel."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    launched: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), launched)))
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
