@@ -1,0 +1,45 @@
+# `make help` lists the targets. Everything lives in .venv; nothing needs root, a GPU, an account or a network
+# beyond the package index.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Another build of torch: `make setup TORCH="torch==2.13.0 --index-url ADDRESS-OF-THE-BUILD"`.
+TORCH  ?= torch==2.13.0
+PY     := $(VENV)/bin/python
+CODE   := model blocks losses data training analysis scripts tests train.py errors.py
+CONFIG ?= configs/demo.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format lock
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## create .venv and install the pinned dependencies
+
+$(VENV)/.ready: requirements.lock Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0])'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
+	$(PY) -m pip install --quiet $(TORCH)
+	@touch $@
+
+train: $(VENV)/.ready ## train the default run (configs/demo.yaml); again: continue it or start the next
+	$(PY) train.py $(CONFIG)
+
+test: $(VENV)/.ready ## the test suite
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+
+check: $(VENV)/.ready ## format, lint, types
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m mypy
+
+format: $(VENV)/.ready ## format the code in place
+	$(PY) -m ruff check --fix --quiet $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+lock: ## pin requirements.in again into requirements.lock
+	$(PY) -m pip install --quiet pip-tools
+	$(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --output-file requirements.lock requirements.in
