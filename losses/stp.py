@@ -1,0 +1,279 @@
+"""Semantic Tube Prediction: hidden states along a sequence should move on locally straight paths.
+
+Huang, LeCun and Balestriero, arXiv 2602.22617: L = 1 - cos(h_t - h_r, h_r - h_s) for tokens s < r < t. Works on any
+model's hidden states: tensors in, a scalar out. Reading the number (in high dimension): 0 a straight line,
+1.0 a random walk, 1.5 states without any coherence, 2 there and back again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from losses.triples import Triples, documents_from_positions, draw_with_generator
+
+FORMS = ("triple", "consecutive", "patch_complement")
+VARIANTS = ("standard", "detached", "shuffled_order", "negative")
+DISTANCES = ("cosine", "mse")
+LENGTH_WEIGHTINGS = ("none", "cosine_like", "jaccard_like")
+NORMALIZATIONS = ("none", "rms")
+# A displacement this small against its own states is rounding, not direction.
+DEGENERATE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class STPTerms:
+    """What every boundary contributes. sums / divisor are its STP loss.
+
+    sums (n_boundaries,): sum over layout-valid triples, float32 or better, with gradient.
+    divisor (): layout-valid triples, weighted where weights were given. Never depends on the states.
+    n_valid () int64: layout-valid triples. n_degenerate (n_boundaries,) int64: those counted as the constant 1.
+    """
+
+    sums: Tensor
+    divisor: Tensor
+    n_valid: Tensor
+    n_degenerate: Tensor
+
+    def per_boundary(self, divisor: Tensor | float | None = None) -> Tensor:
+        """(n_boundaries,) losses; divisor: that of the global batch (default: this one's own, at least 1 triple)."""
+        if divisor is None:
+            divisor = torch.where(self.divisor > 0, self.divisor, 1.0)
+        return self.sums / divisor
+
+
+def compute_stp_loss(
+    hidden_states: Tensor | Sequence[Tensor],
+    n_spans: int = 1,
+    *,
+    form: str = "triple",
+    triples: Triples | None = None,
+    sampler: str | None = None,
+    window: int | None = None,
+    generator: torch.Generator | None = None,
+    document_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    variant: str = "standard",
+    distance: str = "cosine",
+    length_weighting: str = "none",
+    normalize: str = "none",
+    predictor: Callable[[Tensor], Tensor] | None = None,
+    divisor: Tensor | float | None = None,
+) -> Tensor:
+    """STP loss of one (B, T, D) tensor, or the mean over a list of them (one per layer; the same triples at all).
+
+    n_spans: triples per row.
+    form: triple: 1 - cos(h_t - h_r, h_r - h_s) (the paper's equation). consecutive: the same with r - 1, r, r + 1
+        (local curvature). patch_complement: 1 - cos(h_t - h_s, (h_last - h_first) - (h_t - h_s)), a span against the
+        rest of its document (the paper's released code).
+    triples: given ones; else drawn from `generator` by `sampler` (see losses.triples.sample; default: sorted_offset,
+        anchor when documents or a mask are given; patch for patch_complement, anchor for consecutive).
+    window: the anchor sampler's largest gap. None: up to the document's ends.
+    document_ids (B, T): equal within a document, negative on padding. positions (B, T): instead of document_ids,
+        position_ids that restart in every document. mask (B, T): True = content; triples use content tokens only.
+    sample_weights (B,) or (B, n_spans): non-negative weights, per row or triple; the loss is the weighted mean.
+    layers: indices into the list (the reference's layer choice; it has one layer at a time).
+    variant: detached: the placebo, no gradient. shuffled_order: the middle token is not in the middle.
+        negative: the same as standard; it stands for a negative weight, which is up to the caller.
+    distance: mse: mean squared difference of the two displacements in place of 1 - cos (reference: jepa_mse).
+    length_weighting: weight of a triple from the token lengths p, q of its two displacements: cosine_like
+        2pq / (p^2 + q^2), jaccard_like 1 - |p - q| / (p + q) (reference: length_adjustment).
+    normalize: rms: states divided by their root mean square first, so norm growth alone changes nothing.
+    predictor: applied to the second displacement (reference: linear_predictor), such as a LinearPredictor.
+    divisor: in place of the number of layout-valid triples here: that of the global batch under accumulation or
+        data parallelism, so that parts add up.
+
+    Differences, norms and cosines are computed in float32 (float64 for float64 states). A triple with a displacement
+    of at most 1e-6 x the largest norm of its states counts as the constant 1, in the divisor, with zero gradient.
+    T < 3, or no valid triple: a zero that is connected to the graph.
+    Raises ValueError: an empty list, states of different shapes, an unknown name.
+    """
+    states = _as_list(hidden_states, layers)
+    batch_size, length, _ = states[0].shape
+    if triples is None and length < 3:
+        return torch.stack([_connected_zero(h) for h in states]).sum()
+    if triples is None:
+        ids = documents_from_positions(positions) if document_ids is None and positions is not None else document_ids
+        anywhere = ids is None and mask is None
+        by_form = {"consecutive": "anchor", "patch_complement": "patch"}
+        sampler = sampler or by_form.get(form, "sorted_offset" if anywhere else "anchor")
+        triples = draw_with_generator(
+            sampler,
+            (batch_size, length),
+            n_spans,
+            device=states[0].device,
+            generator=generator,
+            document_ids=ids,
+            mask=mask,
+            window=1 if form == "consecutive" else window,
+        )
+        # With window 1 these are neighbours already: in the content, where a mask leaves gaps.
+        form = "triple" if form == "consecutive" and sampler == "anchor" else form
+    terms = stp_terms(
+        states,
+        triples,
+        form=form,
+        variant=variant,
+        sample_weights=sample_weights,
+        distance=distance,
+        length_weighting=length_weighting,
+        normalize=normalize,
+        predictor=predictor,
+    )
+    return terms.per_boundary(divisor).mean()
+
+
+def stp_terms(
+    hidden_states: Sequence[Tensor],
+    triples: Triples,
+    *,
+    form: str = "triple",
+    variant: str = "standard",
+    sample_weights: Tensor | None = None,
+    distance: str = "cosine",
+    length_weighting: str = "none",
+    normalize: str = "none",
+    predictor: Callable[[Tensor], Tensor] | None = None,
+) -> STPTerms:
+    """Per-boundary sums of `compute_stp_loss`; arguments as there. Raises ValueError like it."""
+    states = _as_list(hidden_states, None)
+    for name, value, choices in (
+        ("form", form, FORMS),
+        ("variant", variant, VARIANTS),
+        ("distance", distance, DISTANCES),
+        ("length_weighting", length_weighting, LENGTH_WEIGHTINGS),
+        ("normalize", normalize, NORMALIZATIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    if variant == "detached":
+        states = [h.detach() for h in states]
+    points, valid, lengths = select_points(triples, form, variant)
+    weights = triple_weights(valid, lengths, sample_weights, length_weighting)
+
+    rows = torch.stack([gather_rows(h, points) for h in states])  # (n_boundaries, P, B, n, D)
+    if normalize == "rms":
+        rows = rows * (rows.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
+    first, second = _displacements(rows, form)
+    if predictor is not None:
+        second = _full_precision(predictor, second)
+    if distance == "mse":
+        losses = (first - second).square().mean(-1)
+        degenerate = torch.zeros_like(losses, dtype=torch.bool)
+    else:
+        losses, degenerate = one_minus_cosine(first, second, rows)
+    # (n_boundaries, B, n); the where keeps a value of a triple that is not valid out of sum and gradient.
+    losses = torch.where(valid, losses, 0.0) * weights
+    return STPTerms(losses.sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
+
+
+def select_points(triples: Triples, form: str, variant: str = "standard") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Token indices that a form reads (P, B, n), which triples are valid for it (B, n), and the token lengths of its
+    two displacements (each (B, n))."""
+    if form == "patch_complement":
+        if variant == "shuffled_order":
+            raise ValueError("variant: shuffled_order is defined for forms triple and consecutive")
+        patch = triples.t - triples.s
+        rest = (triples.last - triples.first) - patch
+        valid = triples.valid & (rest > 0)  # a span that is the whole document has no rest
+        points = torch.stack([triples.s, triples.t, triples.first, triples.last])
+        return torch.where(triples.valid, points, 0), valid, (patch, rest)
+    if triples.kind == "patch":
+        raise ValueError(f"form: {form!r} needs three tokens in order; the patch sampler draws spans")
+    if form == "consecutive":
+        triples = triples.neighbours()
+    s, r, t = triples.s, triples.r, triples.t
+    if variant == "shuffled_order":
+        r, t = t, r
+    return torch.stack([s, r, t]), triples.valid, ((triples.t - triples.r), (triples.r - triples.s))
+
+
+def triple_weights(
+    valid: Tensor, lengths: tuple[Tensor, ...], sample_weights: Tensor | None = None, length_weighting: str = "none"
+) -> Tensor:
+    """(B, n) float32 weights of the triples, 0 where not valid; their sum is the divisor."""
+    weights = valid.to(torch.float32)
+    if length_weighting != "none":
+        p, q = (length.to(torch.float32).clamp_min(1) for length in lengths)
+        fit = 2 * p * q / (p * p + q * q) if length_weighting == "cosine_like" else 1 - (p - q).abs() / (p + q)
+        weights = weights * fit
+    if sample_weights is not None:
+        given = sample_weights.detach().to(weights)
+        weights = weights * (given[:, None] if given.dim() == 1 else given)
+    return weights
+
+
+def gather_rows(hidden: Tensor, points: Tensor) -> Tensor:
+    """hidden (B, T, D), points (P, B, n) token indices -> (P, B, n, D) in float32 or better."""
+    batch_size, length, width = hidden.shape
+    offsets = torch.arange(batch_size, device=hidden.device)[:, None] * length
+    rows = hidden.reshape(batch_size * length, width).index_select(0, (points + offsets).flatten())
+    return rows.view(*points.shape, width).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def one_minus_cosine(first: Tensor, second: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cos(first, second) over the last dimension, and where it is degenerate (then 1, with zero gradient).
+
+    first, second (..., D); states (n_boundaries, P, ..., D): the states that they are differences of, which set the
+    scale. The denominator is made safe before the division: a mask after it would still give NaN gradients.
+    """
+    with torch.no_grad():
+        scale = states.square().sum(-1).amax(1).sqrt()
+        smallest = torch.minimum(first.square().sum(-1), second.square().sum(-1)).sqrt()
+        # Not finite states must reach the loss as such, so they are never degenerate.
+        degenerate = (smallest <= DEGENERATE_TOLERANCE * scale) & torch.isfinite(scale)
+    norm_first = torch.where(degenerate, 1.0, first.square().sum(-1)).sqrt()
+    norm_second = torch.where(degenerate, 1.0, second.square().sum(-1)).sqrt()
+    dot = torch.where(degenerate, 0.0, (first * second).sum(-1))
+    return 1 - dot / (norm_first * norm_second), degenerate
+
+
+class LinearPredictor(nn.Linear):
+    """The reference implementation's learned map of one displacement: d x d, no bias, Xavier."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, d_model, bias=False)
+        nn.init.xavier_uniform_(self.weight)
+
+
+def _displacements(rows: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """rows (n_boundaries, P, B, n, D) -> the two displacements whose directions are compared."""
+    if form == "patch_complement":
+        a, b, first, last = rows.unbind(1)
+        patch = b - a
+        return patch, (last - first) - patch
+    s, r, t = rows.unbind(1)
+    return t - r, r - s
+
+
+def _full_precision(predictor: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return predictor(x)
+
+
+def _as_list(hidden_states: Tensor | Sequence[Tensor], layers: Sequence[int] | None) -> list[Tensor]:
+    states = [hidden_states] if isinstance(hidden_states, Tensor) else list(hidden_states)
+    if layers is not None:
+        for index in layers:
+            if not -len(states) <= index < len(states):
+                raise ValueError(f"layers: {index} is not among the {len(states)} hidden states")
+        states = [states[index] for index in layers]
+    if not states:
+        raise ValueError("hidden_states: an empty list; STP with no layer selected is an error, not a zero")
+    for h in states:
+        if h.dim() != 3 or h.shape != states[0].shape or not h.is_floating_point():
+            raise ValueError(
+                f"hidden_states: expected floating tensors of one shape (B, T, D), got {tuple(h.shape)} {h.dtype} "
+                f"beside {tuple(states[0].shape)}"
+            )
+    return states
+
+
+def _connected_zero(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1)[:0].sum(dtype=torch.promote_types(hidden.dtype, torch.float32))
