@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # Everything that `fastmath=True` means, except nnan and ninf.
@@ -62,6 +62,54 @@ def divide(typing_context, numerator, denominator):
 
     is_float = numerator == types.float32 and denominator == types.float32
     return (types.float32(types.float32, types.float32), codegen) if is_float else None
+
+
+def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    return builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+
+
+@intrinsic
+def _read_raw(typing_context, array, at):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_element(context, builder, signature, arguments))
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def _write_raw(typing_context, array, at, value):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[2], _element(context, builder, signature, arguments))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+def read(array, at):
+    """In Numba code: float32 value of flat element `at` of a contiguous float32 or bfloat16 (uint16 bits) array.
+
+    Unlike array[at] it never wraps a negative index, whose test would stop the loop from vectorising (10x slower).
+    """
+    raise NotImplementedError("for Numba code only")
+
+
+def write(array, at, value):
+    """In Numba code: flat element `at` = value, rounded to nearest even where the array holds bfloat16 bits."""
+    raise NotImplementedError("for Numba code only")
+
+
+@overload(read, inline="always")
+def _read(array, at):
+    if array.dtype == types.uint16:
+        return lambda array, at: from_bfloat16(_read_raw(array, at))
+    return lambda array, at: _read_raw(array, at)
+
+
+@overload(write, inline="always")
+def _write(array, at, value):
+    if array.dtype == types.uint16:
+        return lambda array, at, value: _write_raw(array, at, to_bfloat16(value))
+    return lambda array, at, value: _write_raw(array, at, np.float32(value))
 
 
 @njit(inline="always")
