@@ -1,0 +1,156 @@
+"""Gradient checks: does the STP term of each boundary, alone, reach that boundary's block and the one below?
+
+Never through the joint loss: deeper terms feed the blocks below and would hide a cut wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.context import SequenceContext
+
+LINK_TOLERANCE = 1e-3
+SMALLEST_RATIO = 1e-4  # of the largest boundary gradient; a single parameter must only be non-zero
+
+
+@dataclass
+class BoundaryResult:
+    """What the STP term of one boundary did. grad_norm: |d term / d state| at the boundary itself."""
+
+    index: int | str
+    family: str
+    grad_norm: float
+    block_grad_norm: float
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class Versions:
+    """Remembers each boundary's tensor as its producer returned it, to tell later edits in place."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: list[tuple[Tensor, int]] = []
+        self.handles = [model.embedding.register_forward_hook(self._note)]
+        self.handles += [block.register_forward_hook(self._note) for block in model.blocks]
+
+    def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.seen.append((output, output._version))
+
+    def __enter__(self) -> Versions:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def check_collector(output: Any, versions: Versions, n_blocks: int, shape: tuple[int, ...]) -> str | None:
+    """Count, shapes, dtypes, requires_grad, distinct storages and no edit in place. None if all is well."""
+    states = output.hidden_states
+    if len(states) != n_blocks + 1:
+        return f"{len(states)} hidden states, expected {n_blocks + 1}"
+    allowed = {torch.float32, torch.float64}
+    for i, state in enumerate([*states, output.final]):
+        name = f"boundary {i}" if i <= n_blocks else "final"
+        if tuple(state.shape) != shape:
+            return f"{name}: shape {tuple(state.shape)}, expected {shape}"
+        if state.dtype not in allowed:
+            return f"{name}: dtype {state.dtype}, expected float32"
+        if not state.requires_grad:
+            return f"{name}: does not require grad (detached or made under no_grad)"
+    if len({state.untyped_storage().data_ptr() for state in states}) != len(states):
+        return "two boundaries share storage (the same tensor twice, or a block that writes in place)"
+    for i, ((produced, version), state) in enumerate(zip(versions.seen, states, strict=False)):
+        if produced._version != version or state._version != version:
+            return f"boundary {i}: edited in place after its block returned it"
+        if state.data_ptr() != produced.data_ptr():
+            return f"boundary {i}: the collected tensor is not the one that block {i} returned"
+    return None
+
+
+def check_boundary(
+    model: Any,
+    output: Any,
+    context: SequenceContext,
+    index: int | str,
+    term: Tensor,
+    autocast: Callable[[], AbstractContextManager],
+) -> BoundaryResult:
+    """term: this boundary's own STP term (scalar). Gradients only; nothing is accumulated into `.grad`."""
+    states, depth = output.hidden_states, len(model.blocks)
+    if index == "final":
+        here, below, module, above = output.final, states[depth], model.final_norm, []
+    elif index == 0:
+        here, below, module, above = states[0], None, model.embedding, list(model.blocks)
+    else:
+        here, below, module = states[int(index)], states[int(index) - 1], model.blocks[int(index) - 1]
+        above = list(model.blocks[int(index) :])
+    family = {"final": "final", 0: "embedding"}.get(index) or module.letter
+    result = BoundaryResult(index, family, 0.0, 0.0)
+    if not term.requires_grad:
+        result.problems.append("its STP term has no gradient")
+        return result
+
+    named = dict(module.named_parameters())
+    frozen = [name for name, parameter in named.items() if not parameter.requires_grad]
+    if frozen:
+        result.problems.append(f"{frozen[0]} is frozen")
+        return result
+    above_parameters = [p for block in above for p in block.parameters() if p.requires_grad]
+    targets = [here, *([below] if below is not None else []), *named.values(), *above_parameters]
+    grads = torch.autograd.grad(term, targets, retain_graph=True, allow_unused=True)
+    grad_here, rest = grads[0], list(grads[1:])
+    grad_below = rest.pop(0) if below is not None else None
+    own, over = rest[: len(named)], rest[len(named) :]
+
+    if grad_here is None or not bool(torch.isfinite(grad_here).all()) or not bool(grad_here.any()):
+        result.problems.append(f"gradient of its term at the state is {_word(grad_here)}")
+        return result
+    result.grad_norm = float(grad_here.double().norm())
+    if below is not None and (grad_below is None or not bool(grad_below.any())):
+        result.problems.append(f"gradient at the boundary below is {_word(grad_below)}: the stream is cut")
+    for name, grad in zip(named, own, strict=True):
+        if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
+            result.problems.append(f"gradient of {name} is {_word(grad)}")
+    result.block_grad_norm = sum(float(g.double().square().sum()) for g in own if g is not None) ** 0.5
+    if any(grad is not None and bool(grad.any()) for grad in over):
+        result.problems.append("its term reaches a block above it: the list is permuted or off by one")
+    if below is not None and grad_below is not None and not result.problems:
+        expected = _link(module, index, below, context, grad_here, autocast)
+        error = float((expected - grad_below).double().norm() / expected.double().norm().clamp_min(1e-300))
+        if not error < LINK_TOLERANCE:
+            result.problems.append(
+                f"gradient below differs by {error:.1e} from hidden + mixer(norm(hidden)): a lane or branch is cut"
+            )
+    return result
+
+
+def _link(
+    module: Any,
+    index: int | str,
+    below: Tensor,
+    context: SequenceContext,
+    grad_here: Tensor,
+    autocast: Callable[[], AbstractContextManager],
+) -> Tensor:
+    """The gradient that must arrive below, from the block's own parts and not through its forward."""
+    z = below.detach().requires_grad_()
+    with torch.enable_grad(), autocast():
+        y = module(z) if index == "final" else z + module.mixer(module.norm(z), context)
+    (grad,) = torch.autograd.grad(y, z, grad_here.to(y.dtype))
+    return grad
+
+
+def _word(grad: Tensor | None) -> str:
+    if grad is None:
+        return "missing"
+    return "zero" if bool(torch.isfinite(grad).all()) else "not finite"
