@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from blocks.kernels.attention import document_attention
-from blocks.rope import rotary_table, rotate
+from blocks.kernels.qk_norm_rope import qk_norm_rope, rotary_table
 from errors import InputError, require, require_choice, require_number
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim or d_model // config.n_heads
         self.position, self.rope_theta, self.window = config.position, config.rope_theta, config.window
+        self.gate, self.qk_norm_eps = config.gate, config.qk_norm_eps
         inner, inner_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.splits = [inner, inner_kv, inner_kv] + ([inner] if config.gate == "sigmoid" else [])
-        self.qkv_proj = nn.Linear(d_model, sum(self.splits), bias=False)
+        gate_rows = inner if self.gate == "sigmoid" else 0
+        self.qkv_proj = nn.Linear(d_model, inner + 2 * inner_kv + gate_rows, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.qk_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.qk_norm_eps)
         self.o_proj = nn.Linear(inner, d_model, bias=False)
@@ -89,29 +90,27 @@ class Attention(nn.Module):
         nn.init.ones_(self.q_norm.weight)
         nn.init.ones_(self.k_norm.weight)
 
-    def project(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x (..., D) -> normed and rotated q (..., H, d), k (..., G, d), then v (..., G, d) and the gate (..., H d)."""
-        q, k, v, *gate = self.qkv_proj(x).split(self.splits, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        wide = torch.promote_types(v.dtype, torch.float32)
-        q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
-        if cos_sin is not None:
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        return q.to(v.dtype), k.to(v.dtype), v, gate[0] if gate else None
+    def project(self, x: Tensor, positions: Tensor, table: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """x (..., D) -> q (..., H, d) and k (..., G, d), normed and rotated, v (..., G, d) and the gate (..., R)."""
+        weights = self.q_norm.weight, self.k_norm.weight
+        return qk_norm_rope(
+            self.qkv_proj(x), *weights, positions, table, self.n_heads, self.n_kv_heads, self.qk_norm_eps
+        )
 
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.position == "none":
             return None
-        return rotary_table(positions, self.head_dim, self.rope_theta, torch.promote_types(dtype, torch.float32))
+        return rotary_table(positions, self.head_dim, self.rope_theta, self.q_norm.weight.dtype)
+
+    def output(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """mixed (..., H d) -> (..., D)."""
+        return self.o_proj(mixed if self.gate == "none" else mixed * gate.sigmoid())
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        cos_sin = self.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
-        if cos_sin is not None:
-            cos_sin = cos_sin[0][context.positions], cos_sin[1][context.positions]
-        q, k, v, gate = self.project(x, cos_sin)
-        mixed = document_attention(q, k, v, context.segment_ids, self.window).flatten(-2)
-        return self.o_proj(mixed if gate is None else mixed * gate.sigmoid())
+        table = self.rotary(torch.arange(x.shape[1], device=x.device))
+        q, k, v, gate = self.project(x, context.positions, table)
+        return self.output(document_attention(q, k, v, context.segment_ids, self.window).flatten(-2), gate)
 
     def init_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
         """k, v (B, max_length, G, d) and position (B,): the next token's index in its document."""
@@ -131,8 +130,8 @@ class Attention(nn.Module):
         position, keys, values = state["position"], state["k"], state["v"]
         max_length = keys.shape[1]
         require(int(position.max()) < max_length, "max_length", f"the cache holds {max_length} tokens; all are used")
-        q, k, v, gate = self.project(x, self.rotary(position, x.dtype))
         rows = torch.arange(x.shape[0], device=x.device)
+        q, k, v, gate = self.project(x, rows, self.rotary(position))
         keys[rows, position] = k.detach().to(keys.dtype)
         values[rows, position] = v.detach().to(values.dtype)
         distance = position[:, None] - torch.arange(max_length, device=x.device)
@@ -146,8 +145,7 @@ class Attention(nn.Module):
             attn_mask=visible[:, None, None],
             enable_gqa=True,
         ).flatten(1)
-        y = self.o_proj(mixed if gate is None else mixed * gate.sigmoid())
-        return y, {"k": keys, "v": values, "position": position + 1}
+        return self.output(mixed, gate), {"k": keys, "v": values, "position": position + 1}
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Projections, and scores and mixing over the mean causal context of sequence_length."""

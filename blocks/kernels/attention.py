@@ -1,9 +1,9 @@
 """Causal grouped-query attention inside the documents of packed rows.
 
-Forms, picked by `document_attention` from the device alone:
-- CPU: `amer::document_attention`, one causal flash call per document (the blocked CPU kernel of torch), so the
-  cost grows with the length of the documents and not with that of the row. A sliding window is cut into query
-  blocks of the window's length, each against at most two windows of keys. float32, float64 and bfloat16.
+Forms, picked by `document_attention` from device and dtype:
+- CPU: `amer::document_attention`, whose cost grows with the length of the documents and not with that of the row:
+  the Numba kernels of attention_cpu.py for float32 and bfloat16, for float64 one causal flash call of torch per
+  document (a sliding window is cut into query blocks of the window's length against at most two windows of keys).
 - CUDA: flex attention with a block mask made from the segments (not yet measured on a GPU).
 - `document_attention_reference`: dense scaled dot product with a boolean mask, any dtype, for tests.
 
@@ -15,20 +15,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from blocks.kernels import attention_cpu
+from blocks.kernels.numba_math import as_numpy, launch_threads
+
 NO_WINDOW = 0
-CPU_KERNEL = "per-document flash attention (torch CPU)"
+CPU_KERNEL = "per-document attention (Numba)"
+CPU_DOUBLE_KERNEL = "per-document flash attention (torch CPU)"
 CUDA_KERNEL = "flex attention with a document block mask"
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `document_attention` runs for this device and dtype."""
-    return CUDA_KERNEL if device.type == "cuda" else CPU_KERNEL
+    if device.type == "cuda":
+        return CUDA_KERNEL
+    return CPU_DOUBLE_KERNEL if dtype == torch.float64 else CPU_KERNEL
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None = None) -> Tensor:
@@ -112,29 +121,45 @@ def _shared(k: Tensor, group: int) -> Tensor:
     return k.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
 
 
+def _flat(*tensors: Tensor) -> list[Any]:
+    return [as_numpy(t).reshape(-1) for t in tensors]
+
+
+def _plan(q: Tensor, k: Tensor, segment_ids: Tensor, window: int) -> tuple[Any, ...]:
+    """The arguments that forward and backward of attention_cpu share; sets the thread count."""
+    launch_threads()
+    bounds = np.array(_document_bounds(segment_ids))
+    n_heads, n_kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    tasks, first_task = attention_cpu.assign(bounds, n_kv_heads, numba.get_num_threads())
+    return bounds, tasks, first_task, n_heads, n_kv_heads, head_dim, window, np.float32(head_dim**-0.5)
+
+
 @torch.library.custom_op("amer::document_attention", mutates_args=(), device_types="cpu")
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     batch, length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[2]
     group = n_heads // n_kv_heads
-    q, k, v = (t.reshape(batch * length, -1, head_dim) for t in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(batch * length, n_heads, dtype=accumulate)
+    lse = torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    if q.dtype != torch.float64:
+        attention_cpu.forward(*_flat(q, k, v, out, lse), *_plan(q, k, segment_ids, window))
+        return out, lse
+    flat = batch * length
+    q, k, v = (t.reshape(flat, -1, head_dim) for t in (q, k, v))
+    flat_out, flat_lse = out.view(flat, n_heads, head_dim), lse.view(flat, n_heads)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     for queries, keys, banded in _pieces(segment_ids, window):
         mask = _band_mask(queries, keys, window, q) if banded else None
         own_q, own_k, own_v = _grouped(q[queries], n_kv_heads), _shared(k[keys], group), _shared(v[keys], group)
         part, part_lse = flash(own_q, own_k, own_v, 0.0, not banded, attn_mask=mask)
-        _grouped(out[queries], n_kv_heads).copy_(part)
-        lse[queries] = rearrange(part_lse, "g r l -> l (g r)")
-    return out.view(batch, length, n_heads, head_dim), lse.view(batch, length, n_heads)
+        _grouped(flat_out[queries], n_kv_heads).copy_(part)
+        flat_lse[queries] = rearrange(part_lse, "g r l -> l (g r)")
+    return out, lse
 
 
 @_document_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulate)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("amer::document_attention_backward", mutates_args=(), device_types="cpu")
@@ -144,12 +169,17 @@ def _document_attention_backward(
     batch, length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[2]
     group = n_heads // n_kv_heads
-    shapes = q.shape, k.shape
-    grad, q, k, v, out = (t.reshape(batch * length, -1, head_dim) for t in (grad, q, k, v, out))
-    lse = lse.reshape(batch * length, n_heads)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format)
     grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    grads = grad_q, grad_k, grad_v
+    if q.dtype != torch.float64:
+        attention_cpu.backward(*_flat(grad, q, k, v, out, lse, *grads), *_plan(q, k, segment_ids, window))
+        return grads
+    grad, q, k, v, out, grad_q, grad_k, grad_v = (
+        t.reshape(batch * length, -1, head_dim) for t in (grad, q, k, v, out, *grads)
+    )
+    lse = lse.reshape(batch * length, n_heads)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for queries, keys, banded in _pieces(segment_ids, window):
         mask = _band_mask(queries, keys, window, q) if banded else None
@@ -160,7 +190,7 @@ def _document_attention_backward(
         _grouped(grad_q[queries], n_kv_heads).copy_(parts[0])
         grad_k[keys] += parts[1].sum(1).permute(1, 0, 2)
         grad_v[keys] += parts[2].sum(1).permute(1, 0, 2)
-    return grad_q.view(shapes[0]), grad_k.view(shapes[1]), grad_v.view(shapes[1])
+    return grads
 
 
 @_document_attention_backward.register_fake
