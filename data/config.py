@@ -1,0 +1,123 @@
+"""DataConfig: which text, how it is tokenised and cut into rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from errors import InputError, require, require_choice, require_number
+
+SOURCES = ("installed_python", "installed_cpp", "files", "huggingface", "megatron")
+SOURCES_WITH_PATH = ("files", "huggingface", "megatron")
+DEFAULT_SOURCE = "installed_python"
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """One corpus of a run: where it comes from and its share of the rows (weights of a run sum to 1)."""
+
+    source: str
+    paths: tuple[str, ...]
+    weight: float
+
+    @property
+    def label(self) -> str:
+        """How people read it, and the key under which a mixture lists it."""
+        return f"{self.source}:{','.join(self.paths)}" if self.paths else self.source
+
+
+@dataclass
+class TokenizerConfig:
+    # Entries of the BPE vocabulary: 3 special ones (unknown, begin, end), 256 bytes, the rest learned.
+    vocab_size: int = 4096
+    # A sentencepiece model to use instead of training one (another run's, or the one that made a megatron corpus).
+    path: str | None = None
+    # UTF-8 bytes of training text, drawn over the whole training split, that the vocabulary is learned from.
+    sample_bytes: int = 10_000_000
+
+    def validate(self, path: str) -> None:
+        # sentencepiece: 3 special entries and 256 bytes, and at least one character
+        require_number(f"{path}.vocab_size", self.vocab_size, 260, 2**24)
+        require_number(f"{path}.sample_bytes", self.sample_bytes, 1)
+        require(self.path is None or bool(self.path.strip()), f"{path}.path", "is empty; expected a file or null")
+
+
+@dataclass
+class DataConfig:
+    """Raises InputError from `validate` (values) and `corpora` (how source, path and mixture fit together)."""
+
+    # installed_python | installed_cpp | files | huggingface | megatron. A data.path alone selects `files`.
+    source: str = DEFAULT_SOURCE
+    # files: a path, folder or glob (.jsonl and .parquet by column, all else as UTF-8 text), or a list of them;
+    # huggingface: data set name, or name/subset after a colon ("wikitext:wikitext-2-raw-v1"); megatron: prefix or
+    # glob of .bin/.idx pairs.
+    path: Any = None
+    # Field (.jsonl) or column (.parquet, huggingface) that holds the text.
+    text_field: str = "text"
+    # Several corpora by share of rows, e.g. {installed_python: 0.7, installed_cpp: 0.3}. A key is a source, or
+    # source:path for those that need a path ("files:my_texts/*.txt"). Replaces data.source when not empty.
+    mixture: dict[str, float] = field(default_factory=dict)
+    # Tokens per row (T). Longer documents continue in another row; shorter ones share a row.
+    sequence_length: int = 256
+    # Share of the text that is held out, by module (installed sources) or document, never by row.
+    validation_fraction: float = 0.03
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def validate(self, path: str = "data") -> None:
+        require_choice(f"{path}.source", self.source, SOURCES)
+        require_number(f"{path}.sequence_length", self.sequence_length, 2)
+        require_number(f"{path}.validation_fraction", self.validation_fraction, 0.0, 0.5, exclusive=True)
+        require(bool(self.text_field), f"{path}.text_field", "is empty; expected the name of a field, e.g. text")
+        self.tokenizer.validate(f"{path}.tokenizer")
+        self.corpora(path)
+
+    def paths(self, path: str = "data") -> tuple[str, ...]:
+        """data.path as a tuple of strings. Raises InputError."""
+        if self.path is None:
+            return ()
+        values = [self.path] if isinstance(self.path, str) else self.path
+        strings = isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+        if not strings:
+            raise InputError(f"{path}.path: expected a string or a list of strings, got {self.path!r}")
+        require(
+            len(values) > 0 and all(value.strip() for value in values),
+            f"{path}.path",
+            "is empty; expected a file, folder or glob, e.g. my_texts/*.txt",
+        )
+        return tuple(values)
+
+    def corpora(self, path: str = "data") -> list[CorpusSpec]:
+        """The corpora with normalised weights, those of weight 0 left out. Raises InputError."""
+        paths = self.paths(path)
+        if not self.mixture:
+            source = "files" if paths and self.source == DEFAULT_SOURCE else self.source
+            return [self._spec(source, paths, 1.0, f"{path}.source", path)]
+        for key, weight in self.mixture.items():
+            require_number(f"{path}.mixture.{key}", weight, 0.0)
+        total = sum(self.mixture.values())
+        require(total > 0, f"{path}.mixture", "the weights sum to 0; expected at least one above 0")
+        specs, used = [], False
+        for key, weight in self.mixture.items():
+            source, _, inline = key.partition(":")
+            bare = source in SOURCES_WITH_PATH and not inline
+            used = used or bare
+            own = (inline,) if inline else (paths if bare else ())
+            spec = self._spec(source, own, weight / total, f"{path}.mixture.{key}", path)
+            if weight > 0:
+                specs.append(spec)
+        if paths and not used:
+            raise InputError(
+                f"{path}.path: no corpus of {path}.mixture takes it; list one of {', '.join(SOURCES_WITH_PATH)}"
+            )
+        return specs
+
+    @staticmethod
+    def _spec(source: str, paths: tuple[str, ...], weight: float, key: str, path: str) -> CorpusSpec:
+        require_choice(key, source, SOURCES)
+        if source in SOURCES_WITH_PATH:
+            require(
+                bool(paths), f"{path}.path", f"is missing; source {source} needs it, e.g. {path}.path=my_texts/*.txt"
+            )
+        else:
+            require(not paths, key, f"source {source} takes no path; expected one of {', '.join(SOURCES_WITH_PATH)}")
+        return CorpusSpec(source, paths, weight)

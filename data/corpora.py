@@ -1,0 +1,160 @@
+"""Where text comes from: one class per source, each an iterable of documents in a fixed order.
+
+(`megatron` is not here: it is tokens already, see `prepare.py`. Chat corpora will come beside these.)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from data.config import CorpusSpec, DataConfig
+from data.documents import Document, checked_text, find_files, read_file, read_text
+from errors import InputError
+
+_NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Corpus(Protocol):
+    def fingerprint(self) -> list[object]:
+        """What a cached preparation depends on, cheap to compute (JSON values)."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in the same order every time. Raises InputError for what is no text."""
+        ...
+
+
+def open_corpus(spec: CorpusSpec, config: DataConfig) -> Corpus:
+    """Raises InputError if there is nothing to read."""
+    if spec.source == "installed_python":
+        return InstalledPython()
+    if spec.source == "installed_cpp":
+        return InstalledCpp()
+    if spec.source == "files":
+        return Files(spec.paths, config.text_field)
+    if spec.source == "huggingface":
+        return HuggingFace(spec.paths, config.text_field)
+    raise ValueError(f"{spec.source} is no source of text")
+
+
+class InstalledPython:
+    """Python source installed beside the project: the standard library and torch, without their tests."""
+
+    def fingerprint(self) -> list[object]:
+        return [sys.version.split()[0], importlib.metadata.version("torch")]
+
+    def documents(self) -> Iterator[Document]:
+        library = Path(sysconfig.get_path("stdlib"))
+        yield from _source_tree(library, "python", {".py"}, _is_library, _top_two)
+        yield from _source_tree(_torch_folder(), "torch", {".py"}, _is_torch, _top_two)
+
+
+class InstalledCpp:
+    """torch's C++ headers, without the generated ones of `ATen/ops` (thousands of twins)."""
+
+    def fingerprint(self) -> list[object]:
+        return [importlib.metadata.version("torch")]
+
+    def documents(self) -> Iterator[Document]:
+        folder = _torch_folder() / "include"
+        suffixes = {".h", ".hpp", ".cuh", ".inc"}
+        yield from _source_tree(folder, "include", suffixes, lambda parts: parts[:2] != ("ATen", "ops"), _subpackage)
+
+
+class Files:
+    """Files that a person names: text (one file one document), .jsonl and .parquet (one row one document)."""
+
+    def __init__(self, paths: tuple[str, ...], text_field: str) -> None:
+        self.files = find_files(paths)
+        self.text_field = text_field
+
+    def fingerprint(self) -> list[object]:
+        stats = [(path, path.stat()) for path in self.files]
+        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [self.text_field]
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.files:
+            yield from read_file(path, self.text_field)
+
+
+class HuggingFace:
+    """Data sets by name (`name` or `name:subset`), their `train` split, through the `datasets` package."""
+
+    def __init__(self, names: tuple[str, ...], text_field: str) -> None:
+        self.names = names
+        self.text_field = text_field
+
+    def fingerprint(self) -> list[object]:
+        return [*self.names, self.text_field]
+
+    def documents(self) -> Iterator[Document]:
+        if importlib.util.find_spec("datasets") is None:
+            raise InputError("data.source: huggingface needs the datasets package: .venv/bin/pip install datasets")
+        import datasets
+
+        for name in self.names:
+            path, _, subset = name.partition(":")
+            try:
+                rows = datasets.load_dataset(path, subset or None, split="train")
+            except Exception as error:  # network, name, subset, script: it raises many kinds
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise InputError(f"data.path: the data set {name} cannot be loaded: {reason}") from None
+            if self.text_field not in rows.column_names:
+                columns = ", ".join(rows.column_names)
+                raise InputError(
+                    f"data.text_field: {name} has no column {self.text_field!r}; expected one of {columns}"
+                )
+            for number, row in enumerate(rows):
+                where = f"{name}:{number}"
+                yield Document(where, checked_text(row[self.text_field], where))
+
+
+Parts = tuple[str, ...]
+
+
+def _source_tree(
+    root: Path, prefix: str, suffixes: set[str], wanted: Callable[[Parts], bool], group: Callable[[Parts], str]
+) -> Iterator[Document]:
+    """Source files below a folder, by path; the few that are not UTF-8 (encoding cookies) are no documents."""
+    relative = sorted(path.relative_to(root).parts for path in root.rglob("*") if path.suffix in suffixes)
+    for parts in relative:
+        path = root.joinpath(*parts)
+        if not wanted(parts) or not path.is_file():
+            continue
+        try:
+            text = read_text(path)
+        except InputError:
+            continue
+        yield Document("/".join((prefix, *parts)), text, f"{prefix}/{group(parts)}")
+
+
+def _is_library(parts: Parts) -> bool:
+    # _sysconfigdata*: generated when Python was built, full of paths of that machine
+    return not _NOT_THE_LIBRARY & set(parts[:-1]) and not parts[-1].startswith("_sysconfigdata")
+
+
+def _is_torch(parts: Parts) -> bool:
+    return not (_NOT_THE_LIBRARY | {"testing"}) & set(parts[:-1])
+
+
+def _top_two(parts: Parts) -> str:
+    """The package or module right below the root: json/decoder.py and json/tool.py are one group."""
+    return parts[0]
+
+
+def _subpackage(parts: Parts) -> str:
+    """The folder, two levels deep (three where nearly everything lies under torch/csrc); X.h and X-inl.h together."""
+    return "/".join(parts[:-1][: 3 if parts[:2] == ("torch", "csrc") else 2])
+
+
+def _torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise InputError("data.source: the torch package is not installed; run `make setup`")
+    return Path(spec.origin).parent
