@@ -1,0 +1,57 @@
+"""Signals that ask a run to stop: noticed at once, acted upon between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 set a flag that the loop reads once per step; a second one ends the process at once.
+
+    Use as a context manager on the main thread: the handlers that were there come back afterwards. The loop saves and
+    leaves when `requested`. The second signal exits with code 1 without cleaning up, which the disk survives: a
+    checkpoint in flight is a temporary folder that is never read.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+    @property
+    def status(self) -> str:
+        """The receipt's word: a scheduler announces the end of its patience by SIGUSR1, all else is a wish to stop."""
+        return "preempted" if self.name == "SIGUSR1" else "stopped"
+
+    def __enter__(self) -> StopSignals:
+        for number in STOPPING:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.name is not None:
+            _say(f"second signal ({name}): exiting without a save")
+            os._exit(1)
+        self.name = name
+        _say(f"{name}: saving and stopping after this step; once more exits at once")
+
+
+def _say(text: str) -> None:
+    # os.write: printing is not safe inside a handler that may have interrupted a print; stderr may be closed
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
