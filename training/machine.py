@@ -1,0 +1,153 @@
+"""The machine as training sees it: device, precision, threads, matmul speed, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from errors import InputError, require, require_choice
+
+GEMM_SIZE = 1024
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of the matmuls; the weights stay float32. reason: one phrase for the log and the receipt."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def autocast(self, device: torch.device) -> Callable[[], AbstractContextManager]:
+        """A factory of contexts for the forward pass; a disabled autocast under fp32."""
+        return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto: the GPU if torch sees one. Raises InputError for cuda without a GPU."""
+    require_choice("device", name, ["auto", "cpu", "cuda"])
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        built = torch.version.cuda or "none: a CPU build"
+        raise InputError(f"device: cuda, but torch sees no GPU (CUDA of this torch: {built}); use auto or cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """auto: bf16 where the device multiplies it natively, else fp32; the reason says which and why."""
+    require_choice("precision", name, ["auto", "bf16", "fp32"])
+    feature = native_bf16(device)
+    if name == "auto":
+        if feature:
+            return Precision(torch.bfloat16, f"auto: {feature}")
+        return Precision(torch.float32, f"auto: this {device.type} has no native bf16 matmul")
+    if name == "bf16":
+        return Precision(torch.bfloat16, "asked for" + ("" if feature else f"; this {device.type} emulates it: slow"))
+    return Precision(torch.float32, "asked for")
+
+
+def native_bf16(device: torch.device) -> str | None:
+    """The feature that multiplies bf16 natively, or None."""
+    if device.type == "cuda":
+        return "native bf16 GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    flags = _cpu_flags()
+    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), None)
+
+
+def configure_threads(threads: int | None = None) -> int:
+    """Sets torch's and numba's threads to the same number; None keeps torch's choice. Returns the number.
+
+    Results of float32 sums may depend on it, so an exact resume needs the same number. numba is clipped to what it
+    was launched with.
+    """
+    import numba
+
+    require(threads is None or threads > 0, "threads", f"expected at least 1, got {threads}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    number = torch.get_num_threads()
+    numba.set_num_threads(min(number, int(vars(numba.config)["NUMBA_NUM_THREADS"])))
+    return number
+
+
+def gemm_gflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int = GEMM_SIZE) -> float:
+    """Measured speed of a square matmul, GFLOP/s: the yardstick of `gemm_share`, not the processor's data sheet.
+
+    The median of single products, 2 * size^3 FLOPs each, with preallocated output, for about `seconds` after a
+    warmup. Other jobs on the machine lower it, and then lower training alike.
+    """
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    times: list[float] = []
+    with torch.no_grad():
+        for _ in range(3):
+            torch.mm(a, a, out=out)
+        _synchronize(device)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times) < 3:
+            started = time.perf_counter()
+            torch.mm(a, a, out=out)
+            _synchronize(device)
+            times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """The most that this process has held: of the GPU's memory if the device is one, else of main memory."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tune_malloc(mode: str) -> str:
+    """Returns what was done, for the log.
+
+    default: nothing; tuned: glibc keeps freed memory instead of giving every large tensor back to the kernel. That
+    saved the page faults of elementwise operations on fresh tensors above 32 MB (4-6x faster there) and nothing
+    below, at the price of a larger resident size. Call it before the first large tensor. Raises InputError where
+    there is no glibc.
+    """
+    require_choice("malloc", mode, ["default", "tuned"])
+    if mode == "default":
+        return "malloc: default"
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 - musl has mallopt's name but ignores it
+    except (OSError, AttributeError):
+        raise InputError("malloc: tuned needs glibc, which this system lacks; use malloc=default") from None
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2047 * MIB), (m_top_pad, 256 * MIB))
+    if not all([mallopt(option, value) for option, value in settings]):
+        raise InputError("malloc: this glibc refused the tuning; use malloc=default")
+    return "malloc: tuned (no mmap for large blocks, 2 GiB trim threshold, 256 MiB top pad)"
+
+
+def _cpu_flags() -> set[str]:
+    """Feature words of the first core, as the kernel spells them (x86: flags, ARM: Features); empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
