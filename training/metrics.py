@@ -6,6 +6,7 @@ a resumed run first drops what lies beyond its checkpoint, so that there is neit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -191,7 +192,5 @@ def _scalar(name: str, value: Any) -> Scalar:
 
 
 def _truncate(path: Path, size: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # else the half line stays; readers and the next resume drop it
         os.truncate(path, size)
-    except OSError:
-        pass  # the half line stays; readers and the next resume drop it

@@ -68,7 +68,8 @@ class Receipt:
         path = Path(folder) / RECEIPT
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _skeleton(run_id)
-        _merge(content, read_receipt(folder))
+        earlier = read_receipt(folder)
+        _merge(content, {key: value for key, value in earlier.items() if _fits(content.get(key), value)})
         now = {"run_id": run_id, "status": "running", "config_sha256": config_sha256, "reason": None, "ended": None}
         content.update(now, git=dict(git), environment=dict(environment))
         _merge(content, fields)
@@ -183,6 +184,11 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
+
+
+def _fits(default: Any, value: Any) -> bool:
+    """Whether a value read back has the kind of the key's default: a receipt may have been edited by hand."""
+    return type(value) is type(default) if isinstance(default, (dict, list)) else True
 
 
 def _strict(value: Any) -> Any:

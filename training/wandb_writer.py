@@ -40,9 +40,10 @@ class WandbWriter:
         try:
             import wandb
 
+            mode: Any = config.mode
             earlier = list((folder / "wandb").glob("offline-run-*")) if config.mode == "offline" else []
             self._run = wandb.init(
-                mode=config.mode,
+                mode=mode,
                 project=config.project,
                 entity=config.entity,
                 name=config.name or run_id,
