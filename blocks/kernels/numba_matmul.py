@@ -13,9 +13,7 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
-
-from blocks.kernels.numba_math import from_bfloat16, to_bfloat16
+from numba.extending import intrinsic
 
 LANES = 16  # columns are processed in vectors of 16 float32; LLVM splits them where registers are narrower
 TILE_ROWS = 4
@@ -88,7 +86,7 @@ def _tile(vectors: int) -> Any:
 _wide_tile, _narrow_tile = _tile(WIDE), _tile(1)
 
 
-@njit(inline="always")
+@njit(cache=True)
 def matmul(c, c_at, c_row, a, a_at, a_row, a_column, b, b_at, b_row, m, n, k, keep):
     """C (m, n) = A (m, k) B (k, n), or += with keep; float32 arrays given as (array, offset, strides).
 
@@ -107,35 +105,3 @@ def matmul(c, c_at, c_row, a, a_at, a_row, a_column, b, b_at, b_row, m, n, k, ke
                 c, c_at + i * c_row + j, c_row, a, a_at + i * a_row, a_row, a_column, b, b_at + j, b_row, k, keep
             )
             j += LANES
-
-
-def load(array, at):
-    """float32 value of a float32 or bfloat16 (uint16 bits) array; for Numba code only."""
-    raise NotImplementedError
-
-
-def store(array, at, value):
-    """array[at] = value, rounded to nearest even where the array holds bfloat16 bits; for Numba code only."""
-    raise NotImplementedError
-
-
-@overload(load)
-def _load(array, at):
-    if array.dtype == types.uint16:
-        return lambda array, at: from_bfloat16(array[at])
-    return lambda array, at: array[at]
-
-
-@overload(store)
-def _store(array, at, value):
-    if array.dtype == types.uint16:
-
-        def rounded(array, at, value):
-            array[at] = to_bfloat16(value)
-
-        return rounded
-
-    def plain(array, at, value):
-        array[at] = value
-
-    return plain
