@@ -56,11 +56,11 @@ def _near(path: Path) -> str:
         path, existing = existing, existing.parent
     if not existing.is_dir():
         return ""
-    siblings = sorted(str(p) for p in existing.iterdir() if not p.name.startswith("."))[:1000]
-    hint = nearest(str(path), siblings)
+    siblings = sorted(p.name for p in existing.iterdir() if not p.name.startswith("."))[:1000]
+    hint = nearest(path.name, siblings)
     if hint or not siblings:
-        return hint
-    return f"; {existing} holds {', '.join(Path(s).name for s in siblings[:3])}{', ...' if len(siblings) > 3 else ''}"
+        return f"{hint} in {existing}" if hint else ""
+    return f"; {existing} holds {', '.join(siblings[:3])}{', ...' if len(siblings) > 3 else ''}"
 
 
 def read_file(path: Path, text_field: str = "text") -> Iterator[Document]:

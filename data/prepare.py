@@ -28,7 +28,7 @@ from data.megatron import external_shards, external_split
 from data.prepared import FORMAT, MANIFEST, Prepared, open_prepared, sha256_file
 from data.shards import ShardWriter, bin_path, dtype_for, idx_path
 from data.split import Survey, sample, survey
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, recorded_sha256, train_tokenizer
 from errors import InputError
 
 # (stage, done, total): called often; total 0 = unknown.
@@ -80,7 +80,7 @@ def prepared_folder(config: DataConfig, artifacts_dir: str | Path = "artifacts")
     specs = config.corpora()
     tokenizer: dict[str, Any] = {"vocab_size": config.tokenizer.vocab_size, "sample": config.tokenizer.sample_bytes}
     if config.tokenizer.path is not None:
-        tokenizer = {"sha256": Tokenizer.load(config.tokenizer.path).sha256}
+        tokenizer = {"sha256": Tokenizer.load(config.tokenizer.path, recorded_sha256(config.tokenizer.path)).sha256}
     parts = []
     for spec in specs:
         if spec.source == "megatron":
@@ -143,9 +143,7 @@ def _tokenizer(
     config: DataConfig, specs: list[CorpusSpec], surveys: dict[str, Survey], progress: Progress
 ) -> Tokenizer:
     if config.tokenizer.path is not None:
-        beside = Path(f"{config.tokenizer.path}.sha256")
-        expected = beside.read_text().split()[0] if beside.is_file() else None
-        return Tokenizer.load(config.tokenizer.path, expected)
+        return Tokenizer.load(config.tokenizer.path, recorded_sha256(config.tokenizer.path))
     if len(surveys) < len(specs):
         raise InputError("data.tokenizer.path: is missing; a megatron corpus needs the tokenizer that made it")
     progress("learning the vocabulary", 0, 0)

@@ -104,6 +104,12 @@ class Tokenizer:
         return [] if self._processor.unk_id() in ids else ids
 
 
+def recorded_sha256(path: str | Path) -> str | None:
+    """The hash that stands beside a model (`X.sha256`, as sha256sum writes it); None if there is no such file."""
+    words = beside.read_text().split() if (beside := Path(f"{path}.sha256")).is_file() else []
+    return words[0] if words else None
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, key: str = "data.tokenizer.vocab_size") -> Tokenizer:
     """Learns the vocabulary. The same texts in the same order give the same bytes on any machine.
 

@@ -30,9 +30,7 @@ def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_config(texts_folder: Path) -> DataConfig:
-    return DataConfig(
-        path=f"{texts_folder}/*.txt", validation_fraction=0.2, tokenizer=TokenizerConfig(vocab_size=330)
-    )
+    return DataConfig(path=f"{texts_folder}/*.txt", validation_fraction=0.2, tokenizer=TokenizerConfig(vocab_size=330))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,6 @@ def test_no_byte_is_not_a_number() -> None:
 
 def test_bytes_of_all_validation_labels_are_the_bytes_of_the_held_out_text(prepared: Prepared) -> None:
     batches = validation_batches(prepared, 16, 8)
-    counts = sum(label_counts(batch.labels, prepared.vocab_size) for batch in batches)
+    counts = np.sum([label_counts(batch.labels, prepared.vocab_size) for batch in batches], axis=0)
     assert count_bytes(counts, prepared.token_bytes) == prepared.manifest["corpora"][0]["validation"]["bytes"]
     assert 0 < unigram_bits_per_byte(counts, prepared.token_bytes) < 8

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_two_bytes_per_token_while_they_suffice() -> None:
 @pytest.mark.parametrize("modes", [False, True])
 def test_foreign_shards_of_every_integer_type(tmp_path: Path, code: int, modes: bool) -> None:
     # several sequences per document, an empty sequence and an empty document among them
-    documents = [[[1, 2, 3], [4]], [[5, 6]], [[]], [], [[7], [], [8, 9]]]
+    documents: list[list[list[int]]] = [[[1, 2, 3], [4]], [[5, 6]], [[]], [], [[7], [], [8, 9]]]
     write_megatron(tmp_path / "x", documents, code, modes)
     shard = Shard(tmp_path / "x")
     assert shard.tokens.tolist() == list(range(1, 10))
@@ -130,7 +131,7 @@ def test_damage_is_noticed_by_size(tmp_path: Path) -> None:
     documents = [[1, 2, 3], [4, 5]]
     prefix = tmp_path / "x"
 
-    def damaged(kind: str, change) -> str:  # type: ignore[no-untyped-def]
+    def damaged(kind: str, change: Callable[[bytes], bytes]) -> str:
         write(prefix, documents)
         path = tmp_path / f"x.{kind}"
         path.write_bytes(change(path.read_bytes()))

@@ -72,7 +72,9 @@ def test_vocabulary_has_the_asked_size_and_learned_something() -> None:
 
 
 def test_vocabulary_too_large_names_the_largest_that_works() -> None:
-    with pytest.raises(InputError, match=r"^data.tokenizer.vocab_size: 5000 is more .* largest that works is (\d+)$") as e:
+    with pytest.raises(
+        InputError, match=r"^data.tokenizer.vocab_size: 5000 is more .* largest that works is (\d+)$"
+    ) as e:
         train_tokenizer(CORPUS, 5000)
     largest = int(str(e.value).rsplit(" ", 1)[1])
     assert train_tokenizer(CORPUS, largest).vocab_size == largest

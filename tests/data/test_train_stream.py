@@ -22,9 +22,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("which", ["prepared", "prepared_mixture"])
-def test_any_number_of_ranks_and_micro_batches_sees_the_same_rows(
-    which: str, request: pytest.FixtureRequest
-) -> None:
+def test_any_number_of_ranks_and_micro_batches_sees_the_same_rows(which: str, request: pytest.FixtureRequest) -> None:
     prepared = request.getfixturevalue(which)
     whole = TrainStream(prepared, T, 8, seed=5)
     for step in (0, 3, 977):
