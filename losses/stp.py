@@ -20,6 +20,7 @@ VARIANTS = ("standard", "detached", "shuffled_order", "negative")
 DISTANCES = ("cosine", "mse")
 LENGTH_WEIGHTINGS = ("none", "cosine_like", "jaccard_like")
 NORMALIZATIONS = ("none", "rms")
+GAPS = ("bridge", "close")
 # A displacement this small against its own states is rounding, not direction.
 DEGENERATE_TOLERANCE = 1e-6
 
@@ -57,6 +58,7 @@ def compute_stp_loss(
     document_ids: Tensor | None = None,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
+    gaps: str = "bridge",
     sample_weights: Tensor | None = None,
     layers: Sequence[int] | None = None,
     variant: str = "standard",
@@ -77,6 +79,8 @@ def compute_stp_loss(
     window: the anchor sampler's largest gap. None: up to the document's ends.
     document_ids (B, T): equal within a document, negative on padding. positions (B, T): instead of document_ids,
         position_ids that restart in every document. mask (B, T): True = content; triples use content tokens only.
+    gaps: what a displacement over tokens that the mask leaves out contains. bridge: the jump from the last content
+        token before them to the first one after; close: nothing, the jump is taken out (the paper, appendix G).
     sample_weights (B,) or (B, n_spans): non-negative weights, per row or triple; the loss is the weighted mean.
     layers: indices into the list (the reference's layer choice; it has one layer at a time).
     variant: detached: the placebo, no gradient. shuffled_order: the middle token is not in the middle.
@@ -96,10 +100,14 @@ def compute_stp_loss(
     """
     states = _as_list(hidden_states, layers)
     batch_size, length, _ = states[0].shape
+    if gaps not in GAPS:
+        raise ValueError(f"gaps: expected one of {', '.join(GAPS)}, got {gaps!r}")
     if triples is None and length < 3:
         return torch.stack([_connected_zero(h) for h in states]).sum()
+    ids = documents_from_positions(positions) if document_ids is None and positions is not None else document_ids
+    if gaps == "close" and mask is not None:
+        states = [close_gaps(h, mask, ids) for h in states]
     if triples is None:
-        ids = documents_from_positions(positions) if document_ids is None and positions is not None else document_ids
         anywhere = ids is None and mask is None
         by_form = {"consecutive": "anchor", "patch_complement": "patch"}
         sampler = sampler or by_form.get(form, "sorted_offset" if anywhere else "anchor")
@@ -215,6 +223,21 @@ def gather_rows(hidden: Tensor, points: Tensor) -> Tensor:
     offsets = torch.arange(batch_size, device=hidden.device)[:, None] * length
     rows = hidden.reshape(batch_size * length, width).index_select(0, (points + offsets).flatten())
     return rows.view(*points.shape, width).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def close_gaps(hidden: Tensor, mask: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """hidden (B, T, D) with the jumps over tokens outside the mask taken out of every document: differences between
+    content tokens are then sums of steps between neighbouring content tokens. float32 or better."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    before = torch.where(mask, index, -1).cummax(1).values
+    before = torch.cat([torch.full_like(before[:, :1], -1), before[:, :-1]], 1)  # last content token before this one
+    jump = mask & (before >= 0) & (before < index - 1)
+    before = before.clamp_min(0)
+    if document_ids is not None:
+        jump = jump & (document_ids.gather(1, before) == document_ids)
+    lost = hidden - hidden.gather(1, before[..., None].expand_as(hidden))
+    return hidden - torch.where(jump[..., None], lost, 0.0).cumsum(1)
 
 
 def one_minus_cosine(first: Tensor, second: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
