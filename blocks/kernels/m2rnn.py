@@ -11,18 +11,28 @@ Queries and keys have fewer heads than values: value head n reads query head n /
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor
 
-REFERENCE = "time loop (torch)"
+from blocks.kernels import m2rnn_numba, m2rnn_torch
+from blocks.kernels.m2rnn_layout import prepare
+
+NUMBA = "Numba, state kept every 16 steps"
+CHUNKED = "chunked time loop (torch), state kept every 16 steps"
+CHUNK_SIZE = 16  # steps between the states that are kept for the backward pass: changes memory, not the result
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `m2rnn` runs for this device and dtype."""
-    return REFERENCE
+    return NUMBA if device.type == "cpu" and dtype != torch.float64 else CHUNKED
+
+
+def _kernel(v: Tensor) -> Any:
+    return {NUMBA: m2rnn_numba, CHUNKED: m2rnn_torch}[kernel_name(v.device, v.dtype)]
 
 
 def m2rnn(
@@ -35,6 +45,7 @@ def m2rnn(
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
     gradient_clip: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence over a batch of rows.
 
@@ -44,9 +55,88 @@ def m2rnn(
     gradient_clip bounds every element of dL/dh_t, at every step of the backward pass.
 
     Returns y (B, T, N, V) in v's dtype and the state after the last token (B, N, K, V). The state is float32,
-    float64 for float64 inputs.
+    float64 for float64 inputs. Raises ValueError on a shape that does not fit.
     """
-    return m2rnn_reference(q, k, v, weight, forget, skip, starts, initial_state, gradient_clip)
+    limit = math.inf if gradient_clip is None else gradient_clip
+    y, last, _ = _m2rnn(q, k, v, weight, forget, skip, starts, initial_state, limit, chunk_size)
+    return y, last
+
+
+@torch.library.custom_op("amer::m2rnn", mutates_args=())
+def _m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    limit: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = prepare(q, k, v, weight, forget, skip, starts, initial_state)
+    y, last, checkpoints = _kernel(v).forward(inputs, chunk_size)
+    return y.to(v.dtype), last, checkpoints
+
+
+@_m2rnn.register_fake
+def _(q, k, v, weight, forget, skip, starts, initial_state, limit, chunk_size):
+    (batch, length, n_heads, value_dim), key_dim = v.shape, q.shape[-1]
+    wide = torch.promote_types(v.dtype, torch.float32)
+    n_chunks = (length + chunk_size - 1) // chunk_size
+    last = v.new_empty(batch, n_heads, key_dim, value_dim, dtype=wide)
+    return v.new_empty(v.shape), last, v.new_empty(batch, n_heads, n_chunks, key_dim, value_dim, dtype=wide)
+
+
+@torch.library.custom_op("amer::m2rnn_backward", mutates_args=())
+def _m2rnn_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    checkpoints: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+    limit: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = prepare(q, k, v, weight, forget, skip, starts, None)
+    wide = inputs.v.dtype
+    grads = _kernel(v).backward(inputs, checkpoints, dy.detach().to(wide), dlast.detach().to(wide), limit, chunk_size)
+    like = (q, k, v, weight, forget, v if skip is None else skip, checkpoints)
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, like, strict=True))
+
+
+@_m2rnn_backward.register_fake
+def _(q, k, v, weight, forget, skip, starts, checkpoints, dy, dlast, limit, chunk_size):
+    shaped = tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, weight, forget))
+    skip_like = v if skip is None else skip
+    return (*shaped, skip_like.new_empty(weight.shape[:2]), checkpoints.new_empty(dlast.shape))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, weight, forget, skip, starts, initial_state, limit, chunk_size = inputs
+    ctx.save_for_backward(q, k, v, weight, forget, skip, starts, output[2])
+    ctx.set_materialize_grads(False)
+    ctx.limit, ctx.chunk_size = limit, chunk_size
+    ctx.has_skip, ctx.initial_dtype = skip is not None, None if initial_state is None else initial_state.dtype
+
+
+def _derive(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Any, ...]:
+    v, checkpoints = ctx.saved_tensors[2], ctx.saved_tensors[7]
+    dy = torch.zeros_like(v) if dy is None else dy
+    dlast = torch.zeros_like(checkpoints[:, :, 0]) if dlast is None else dlast
+    *grads, dskip, dinitial = _m2rnn_backward(*ctx.saved_tensors, dy, dlast, ctx.limit, ctx.chunk_size)
+    dskip = dskip if ctx.has_skip else None
+    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+    return (*grads, dskip, None, dinitial, None, None)
+
+
+_m2rnn.register_autograd(_derive, setup_context=_setup_context)
 
 
 def m2rnn_reference(
@@ -63,7 +153,7 @@ def m2rnn_reference(
     """The same as a literal loop over time under autograd: any device and dtype, keeps every step's tensors."""
     batch, length, n_heads, value_dim = v.shape
     wide = torch.promote_types(v.dtype, torch.float32)
-    q, k = (repeat(t.to(wide), "b t g k -> b t (g n) k", n=n_heads // t.shape[2]) for t in (q, k))
+    q, k = (repeat(t.to(wide), "b t g k -> b t (g m) k", m=n_heads // t.shape[2]) for t in (q, k))
     values, weight, forget = v.to(wide), weight.to(wide), forget.to(wide)[..., None, None]
     state = values.new_zeros(batch, n_heads, q.shape[-1], value_dim)
     state = state if initial_state is None else initial_state.to(wide)
