@@ -1,0 +1,151 @@
+"""Device, precision, threads, matmul speed: resolved visibly; environment and git state described."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from errors import InputError
+from training import machine
+from training.environment import cores, describe_environment, git_state
+from training.machine import (
+    configure_threads,
+    gemm_gflops,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_precision,
+    tune_malloc,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == CPU == resolve_device("cpu")
+    with pytest.raises(InputError, match="^device: cuda, but torch sees no GPU"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda" and resolve_device("cpu") == CPU
+    with pytest.raises(InputError, match="did you mean 'cuda'"):
+        resolve_device("cuda0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "name", "reason"),
+    [
+        ({"avx512_bf16"}, "auto", "bf16", "auto: avx512_bf16"),
+        ({"amx_bf16", "avx512_bf16"}, "auto", "bf16", "auto: amx_bf16"),
+        ({"avx2"}, "auto", "fp32", "no native bf16"),
+        ({"avx2"}, "bf16", "bf16", "emulates"),
+        ({"avx512_bf16"}, "bf16", "bf16", "asked for"),
+        ({"avx512_bf16"}, "fp32", "fp32", "asked for"),
+    ],
+)
+def test_precision(monkeypatch, flags, asked, name, reason):
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: flags)
+    precision = resolve_precision(asked, CPU)
+    assert precision.name == name and reason in precision.reason
+    with precision.autocast(CPU)():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == precision.dtype
+
+
+def test_the_kernels_flags_agree_with_torch():
+    assert ("avx512_bf16" in machine._cpu_flags()) == torch.cpu._is_avx512_bf16_supported()
+
+
+def test_gemm_speed_is_in_gflops():
+    """Against a timing of one's own; wide, for a busy machine."""
+    import time
+
+    a = torch.ones(512, 512)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    own = 20 * 2 * 512**3 / (time.perf_counter() - began) / 1e9
+    assert own / 8 < gemm_gflops(CPU, torch.float32, seconds=0.05, size=512) < own * 8
+
+
+def test_threads():
+    assert configure_threads(1) == 1 == torch.get_num_threads()
+    assert configure_threads(None) == 1
+    with pytest.raises(InputError, match="^threads: "):
+        configure_threads(0)
+
+
+def test_peak_memory_is_in_bytes():
+    before = peak_memory_bytes()
+    block = torch.ones(300_000_000 // 4 + before // 4)
+    assert peak_memory_bytes() >= before + 200_000_000
+    del block
+
+
+def test_malloc_tuning_keeps_freed_memory():
+    """Elementwise on fresh 64 MB tensors: after tuning hardly a page fault, before at every page."""
+    script = """
+import resource, sys, torch
+from training.machine import tune_malloc
+print(tune_malloc(sys.argv[1]))
+x = torch.ones(2**24)
+for _ in range(3): y = x + 1; del y
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4): y = x + 1; del y
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+    counts = {}
+    for mode in ("default", "tuned"):
+        done = subprocess.run([sys.executable, "-c", script, mode], capture_output=True, text=True, timeout=60)
+        said, count = done.stdout.splitlines()
+        assert mode in said
+        counts[mode] = int(count)
+    assert counts["tuned"] < 100 and counts["default"] > 100, counts
+    with pytest.raises(InputError, match="^malloc: "):
+        tune_malloc("tune")
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=n", "-c", "user.email=e@e"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_git_state(tmp_path):
+    git(tmp_path, "init")
+    assert git_state(tmp_path) == {"commit": None, "dirty_sha256": None}
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "x")
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40 and clean["dirty_sha256"] is None
+    (tmp_path / "ignored").write_text("x")
+    assert git_state(tmp_path) == clean
+    seen = set()
+    for change in ("2", "3"):
+        (tmp_path / "a.py").write_text(change)
+        seen.add(git_state(tmp_path)["dirty_sha256"])
+    git(tmp_path, "add", ".")
+    assert git_state(tmp_path)["dirty_sha256"] in seen, "staged or not makes no difference"
+    for content in ("x", "y"):
+        (tmp_path / "new.py").write_text(content)
+        seen.add(git_state(tmp_path)["dirty_sha256"])
+    assert len(seen) == 4 and None not in seen
+    (tmp_path / "sub").mkdir()
+    assert git_state(tmp_path / "sub") == git_state(tmp_path), "the same from below"
+
+
+def test_without_git_or_repository(tmp_path, monkeypatch):
+    nothing = {"commit": None, "dirty_sha256": None}
+    assert git_state(tmp_path) == nothing
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(".") == nothing
+
+
+def test_environment_is_json_and_says_what_matters():
+    environment = describe_environment(CPU)
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
+    assert environment["cores"] == cores() >= 1 and environment["cpu"]
