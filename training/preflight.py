@@ -42,15 +42,15 @@ class PreflightReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt's `preflight` entry."""
-        rows = [
-            {"index": b.index, "family": b.family, "grad_norm": b.grad_norm, "ok": b.ok} for b in self.boundaries
-        ]
+        rows = [{"index": b.index, "family": b.family, "grad_norm": b.grad_norm, "ok": b.ok} for b in self.boundaries]
         checks = {name: problem is None for name, problem in self.checks.items()}
         return {"ok": self.ok, "seconds": round(self.seconds, 3), "boundaries": rows, "checks": checks}
 
     def failures(self) -> list[str]:
         found = [f"{name}: {problem}" for name, problem in self.checks.items() if problem is not None]
-        return found + [f"boundary {b.index} ({b.family}): {problem}" for b in self.boundaries for problem in b.problems]
+        for b in self.boundaries:
+            found += [f"boundary {b.index} ({b.family}): {problem}" for problem in b.problems]
+        return found
 
 
 @dataclass
@@ -65,11 +65,25 @@ class Preflight:
     chunk: int
     seed: int
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        objective: Objective,
+        autocast: Callable[[], AbstractContextManager],
+        matmul_dtype: torch.dtype,
+        seed: int,
+    ) -> Preflight:
+        """With the chunk lengths and the vocabulary read off the model."""
+        chunks = [block.mixer.chunk_size for block in model.blocks if hasattr(block.mixer, "chunk_size")]
+        vocab_size = model.embedding.num_embeddings
+        return cls(model, objective, autocast, matmul_dtype, vocab_size, max([32, *chunks]), seed)
+
     def run(self, batch: Batch, triples: Triples) -> PreflightReport:
         """Everything: collector, gradients per boundary, probes, objective. Two rows of the batch are used."""
         started = time.perf_counter()
         report = PreflightReport()
-        with _no_trace(self.model):
+        with _NoTrace(self.model):
             self._gradients(batch, triples, report)
             self.model.eval()
             for attempt in range(2):  # a router tie flips an expert by rounding: rare, and gone with another seed
@@ -86,7 +100,7 @@ class Preflight:
         """The gradient checks alone: what is proven again at the step where the gate opens."""
         started = time.perf_counter()
         report = PreflightReport()
-        with _no_trace(self.model):
+        with _NoTrace(self.model):
             self._gradients(batch, triples, report)
         report.seconds = time.perf_counter() - started
         return report
@@ -119,9 +133,7 @@ class Preflight:
             _flag_vanishing(report.boundaries)
             report.checks["total"] = self._check_total(output, batch, triples, terms)
 
-    def _check_total(
-        self, output: Any, batch: Batch, triples: Triples, terms: dict[int | str, Tensor]
-    ) -> str | None:
+    def _check_total(self, output: Any, batch: Batch, triples: Triples, terms: dict[int | str, Tensor]) -> str | None:
         """Forced open, the objective's total is LM + weight x STP in value and in gradient."""
         leaves = [self.model.embedding.weight, *self.model.blocks[-1].parameters()]
         # Large enough that the LM gradient's own rounding (bf16 matmuls) does not drown STP's in the difference.
@@ -134,7 +146,9 @@ class Preflight:
 
         def gradient(loss: Tensor) -> Tensor:
             grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-            parts = [(g if g is not None else torch.zeros_like(p)).flatten() for g, p in zip(grads, leaves, strict=True)]
+            parts = [
+                (g if g is not None else torch.zeros_like(p)).flatten() for g, p in zip(grads, leaves, strict=True)
+            ]
             return torch.cat(parts).double()
 
         opened, closed = total(weight), total(weight * 0)
@@ -156,7 +170,7 @@ def require_ok(report: PreflightReport, when: str) -> None:
         raise PreflightError(f"preflight {when}: STP is not wired as configured\n  {lines}")
 
 
-class _no_trace:
+class _NoTrace:
     """Restores buffers, mode and random state; checks that no `.grad` was left."""
 
     def __init__(self, model: Any) -> None:

@@ -77,7 +77,9 @@ def _compare(
         leak = float(delta[still].max())
         if leak > tolerance:
             token = int(delta[still].argmax()) + (still.start or 0)
-            return f"{name}: token {token} changed by {leak:.1e} of its RMS where nothing may (tolerance {tolerance:.0e})"
+            return (
+                f"{name}: token {token} changed by {leak:.1e} of its RMS where nothing may (tolerance {tolerance:.0e})"
+            )
         if must_change and float(delta[moved].min()) < MUST_CHANGE:
             return f"{name}: a changed token left its own state unchanged ({float(delta[moved].min()):.1e} of its RMS)"
     return None

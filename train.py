@@ -1,0 +1,127 @@
+"""The run, top to bottom: config -> data -> model -> preflight -> the visible training step -> finish.
+
+python train.py configs/demo.yaml [key.path=value ...] [--dry-run | --print-layout]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from data.loader import Prefetcher
+from data.prepare import prepare
+from data.progress import show_progress
+from data.stream import TrainStream
+from errors import exit_with
+from losses.gate import TokenGate
+from losses.objective import Objective
+from model.context import SequenceContext
+from model.hybrid import HybridLM
+from training import summary
+from training.config import RunConfig, load_config
+from training.evidence import gradient_evidence
+from training.hardware import Machine
+from training.health import FiniteGuard
+from training.lifecycle import Measured, Run
+from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from training.preflight import Preflight
+from training.run import choose_run
+from training.schedule import learning_rate_factor
+from training.signals import StopSignals
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a hybrid language model with Semantic Tube Prediction.")
+    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. stp.weight=0.05 model.pattern=AMEMR")
+    parser.add_argument("--dry-run", action="store_true", help="print config, layout and cost; start nothing")
+    parser.add_argument("--print-layout", action="store_true", help="print the table of blocks; start nothing")
+    arguments = parser.parse_args()
+
+    config = load_config(arguments.config, arguments.overrides)
+    warnings = config.validate()
+    if arguments.dry_run or arguments.print_layout:
+        summary.preview(config, warnings, Console(), layout_only=arguments.print_layout)
+    else:
+        train(config, Path(arguments.config).stem, warnings)
+    return 0
+
+
+def train(config: RunConfig, name: str, warnings: list[str]) -> None:
+    """One run, to its token budget or a stop signal. Whatever can be known about it is in its folder afterwards."""
+    folder = choose_run(config, name)
+    machine = Machine.resolve(config)
+    with show_progress() as progress:
+        data = prepare(config.data, progress=progress)
+
+    model = HybridLM(config.model, data.vocab_size)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    model.to(machine.device).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    objective = Objective(config.stp, model.letters, seed=config.seed)
+    gate = TokenGate(config.stp.gate, config.stp.weight)
+    stream = TrainStream(data, config.data.sequence_length, config.train.batch_rows, seed=config.seed)
+    micro_batches = torch.arange(config.train.batch_rows, device=machine.device).chunk(config.train.accumulation)
+
+    with Run(config, folder, machine, data, model, optimizer, objective, warnings) as run:
+        state = run.restored
+        guard = FiniteGuard(config.train.max_skipped_steps, folder.path)
+        preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)
+        if config.train.compile == "blocks":
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+
+        with StopSignals() as signals, Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
+            for batch in batches:
+                batch = batch.to(machine.device)
+                triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
+                stp_weight = gate.weight(state.tokens) if config.stp.enabled else 0.0
+                run.prove(preflight, batch, triples, state, stp_weight)
+                if stp_weight == 0 and state.step % config.train.log_every:
+                    triples = None  # while the gate is closed, STP is measured (without gradient) at a cadence only
+
+                # Sums are divided by the counts of the whole step, so that micro-batches of any size add up.
+                loss_tokens = batch.loss_tokens
+                stp_divisor = objective.divisor(triples) if triples is not None else None
+                measured = Measured()
+                for number, rows in enumerate(micro_batches):
+                    with machine.autocast():
+                        output = model(batch.tokens[rows], SequenceContext.from_document_ids(batch.document_ids[rows]))
+                        loss = objective(
+                            output,
+                            model.head.weight,
+                            batch.labels[rows],
+                            triples.select(rows) if triples is not None else None,
+                            stp_weight=torch.tensor(stp_weight, device=machine.device) if stp_weight else None,
+                            lm_divisor=max(loss_tokens, 1),
+                            stp_divisor=stp_divisor,
+                        )
+                    if number == 0 and stp_weight and state.step % config.train.probe_every == 0:
+                        measured.evidence = gradient_evidence(objective, output, loss)
+                    loss.total.backward()  # total = lm + stp_weight * stp
+                    measured.add(loss)
+
+                grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
+                accepted = guard.accepts(measured.total, grad_norm, batch)
+                if accepted:
+                    progress_made = (state.tokens + loss_tokens) / config.train.tokens
+                    factor = learning_rate_factor(config.schedule, progress_made)
+                    set_learning_rate(optimizer, factor * config.optimizer.learning_rate)
+                    optimizer.step()
+                    for mixer in model.moe_mixers():
+                        mixer.update_bias()
+                optimizer.zero_grad(set_to_none=True)
+
+                run.record(state, measured, grad_norm, stp_weight, accepted, loss_tokens)
+                if state.tokens >= config.train.tokens:
+                    break
+                if signals.requested:
+                    run.stop(state, signals.status)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    exit_with(main)

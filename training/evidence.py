@@ -1,0 +1,48 @@
+"""Live evidence: on a training step with the gate open, what STP's gradient is beside the LM's, per family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import PreflightError
+from losses.objective import Objective, ObjectiveOutput
+
+
+def gradient_evidence(objective: Objective, output: Any, loss: ObjectiveOutput) -> dict[str, float]:
+    """Per family: `stp/grad_norm`, `stp/grad_ratio` (STP : LM) and `stp/grad_cosine`, at the selected boundaries.
+
+    STP's gradient is that of the boundary's own unweighted term, direct at the boundary; LM's is the whole
+    gradient that arrives there. Keeps the graph, leaves `.grad` alone.
+    Raises PreflightError (exit code 3) if a term sends no gradient, or one that is not finite, on a step with valid
+    triples, unless the variant declares that it sends none.
+    """
+    if loss.stp_per_boundary is None or loss.stp_terms is None or int(loss.stp_terms.n_valid) == 0:
+        return {}
+    terms = dict(zip(objective.boundaries, loss.stp_per_boundary.unbind(), strict=True))
+    states = dict(zip(terms, objective.select(output.hidden_states, output.final), strict=True))
+    lm_grads = torch.autograd.grad(loss.lm, list(states.values()), retain_graph=True, allow_unused=True)
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for (index, state), lm_grad, family in zip(states.items(), lm_grads, objective.families, strict=True):
+        stp_grad = _direct(terms[index], state)
+        norm = float(stp_grad.norm())
+        if not objective.is_control and not 0 < norm < float("inf"):
+            raise PreflightError(f"STP died: the gradient of its term at boundary {index} ({family}) has norm {norm}")
+        lm_norm = 0.0 if lm_grad is None else float(lm_grad.norm())
+        dot = 0.0 if lm_grad is None else float((stp_grad * lm_grad).sum())
+        scale = norm * lm_norm
+        found.setdefault(family, []).append((norm, norm / lm_norm if lm_norm else 0.0, dot / scale if scale else 0.0))
+    metrics = {}
+    for family, rows in found.items():
+        for name, values in zip(("grad_norm", "grad_ratio", "grad_cosine"), zip(*rows, strict=True), strict=True):
+            metrics[f"stp/{name}/{family}"] = sum(values) / len(values)
+    return metrics
+
+
+def _direct(term: Tensor, state: Tensor) -> Tensor:
+    if not term.requires_grad:
+        return torch.zeros_like(state)
+    (grad,) = torch.autograd.grad(term, state, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(state) if grad is None else grad

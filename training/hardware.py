@@ -1,0 +1,71 @@
+"""Machine: the device, dtype, threads and kernels of a run, resolved once and named in the log and the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from blocks.kernels import attention, causal_conv, grouped_experts, linear_cross_entropy, m2rnn, ssd
+from training.config import RunConfig
+from training.machine import (
+    Precision,
+    configure_threads,
+    gemm_gflops,
+    resolve_device,
+    resolve_precision,
+    tune_malloc,
+)
+
+KERNELS = {
+    "A": {"attention": attention.kernel_name},
+    "M": {"ssd": ssd.kernel_name, "causal_conv": causal_conv.kernel_name},
+    "E": {"grouped_experts": grouped_experts.kernel_name},
+    "R": {"m2rnn": m2rnn.kernel_name, "causal_conv": causal_conv.kernel_name},
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gflops: measured speed of a square matmul in the run's dtype (what gemm_share is relative to)."""
+
+    device: torch.device
+    precision: Precision
+    threads: int
+    malloc: str
+    gflops: float
+
+    @classmethod
+    def resolve(cls, config: RunConfig) -> Machine:
+        """Raises InputError for a device that is not there."""
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.precision, device)
+        malloc = tune_malloc(config.malloc)
+        threads = configure_threads(config.threads)
+        return cls(device, precision, threads, malloc, gemm_gflops(device, precision.dtype))
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager]:
+        """Makes the context of a forward pass."""
+        return self.precision.autocast(self.device)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def kernels(self, letters: str) -> dict[str, str]:
+        """operation -> the kernel that it runs, for the families in use and the head."""
+        chosen = {"head": linear_cross_entropy.kernel_name(self.device, self.precision.dtype)}
+        for letter in sorted(set(letters)):
+            for operation, name in KERNELS[letter].items():
+                chosen[operation] = name(self.device, self.precision.dtype)
+        return chosen
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.device}, {self.precision.name} ({self.precision.reason}), {self.threads} threads, "
+            f"{self.gflops:,.0f} GFLOP/s in a square matmul; {self.malloc}"
+        )
