@@ -77,10 +77,10 @@ def configure_threads(threads: int | None = None) -> int:
     import numba
 
     require(threads is None or threads > 0, "threads", f"expected at least 1, got {threads}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    number = torch.get_num_threads()
+    number = torch.get_num_threads() if threads is None else threads
+    # numba first: launching its pool changes the OpenMP thread count that torch uses, behind torch's back (measured)
     numba.set_num_threads(min(number, int(vars(numba.config)["NUMBA_NUM_THREADS"])))
+    torch.set_num_threads(number)
     return number
 
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == CPU == resolve_device("cpu")
-    with pytest.raises(InputError, match="^device: cuda, but torch sees no GPU"):
+    with pytest.raises(InputError, match=r"^device: cuda, but torch sees no GPU"):
         resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto").type == "cuda" and resolve_device("cpu") == CPU
@@ -73,8 +73,25 @@ def test_gemm_speed_is_in_gflops():
 def test_threads():
     assert configure_threads(1) == 1 == torch.get_num_threads()
     assert configure_threads(None) == 1
-    with pytest.raises(InputError, match="^threads: "):
+    with pytest.raises(InputError, match=r"^threads: "):
         configure_threads(0)
+
+
+def test_the_first_numba_kernel_does_not_change_torchs_threads():
+    """numba's pool sets the OpenMP thread count of the process when it is launched; that must be over by then."""
+    script = """
+import numba, numpy, torch
+from training.machine import configure_threads
+@numba.njit(parallel=True)
+def f(x):
+    for i in numba.prange(len(x)):
+        x[i] += 1
+configure_threads(1)
+f(numpy.zeros(10))
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "1"], done.stderr
 
 
 def test_peak_memory_is_in_bytes():
@@ -103,7 +120,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
         assert mode in said
         counts[mode] = int(count)
     assert counts["tuned"] < 100 and counts["default"] > 100, counts
-    with pytest.raises(InputError, match="^malloc: "):
+    with pytest.raises(InputError, match=r"^malloc: "):
         tune_malloc("tune")
 
 
