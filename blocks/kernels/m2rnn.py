@@ -77,7 +77,7 @@ def _m2rnn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = prepare(q, k, v, weight, forget, skip, starts, initial_state)
     y, last, checkpoints = _kernel(v).forward(inputs, chunk_size)
-    return y.to(v.dtype), last, checkpoints
+    return y.to(v.dtype).contiguous(), last, checkpoints
 
 
 @_m2rnn.register_fake
@@ -108,7 +108,7 @@ def _m2rnn_backward(
     wide = inputs.v.dtype
     grads = _kernel(v).backward(inputs, checkpoints, dy.detach().to(wide), dlast.detach().to(wide), limit, chunk_size)
     like = (q, k, v, weight, forget, v if skip is None else skip, checkpoints)
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, like, strict=True))
+    return tuple(grad.to(tensor.dtype).contiguous() for grad, tensor in zip(grads, like, strict=True))
 
 
 @_m2rnn_backward.register_fake

@@ -45,7 +45,7 @@ def backward(
     dv, dforget, dinitial = (torch.empty_like(t) for t in (padded.v, padded.forget, padded.initial_state))
     dweight, dskip = (t.new_empty(batch, *t.shape) for t in (padded.weight, padded.skip))
     arrays = (padded.q, padded.k, padded.v, padded.weight, padded.forget, padded.skip, padded.starts)
-    given = (_pad_state(checkpoints), _pad_last(dy, LANES), _pad_state(dlast))
+    given = (_pad_matrix(checkpoints, ROWS), _pad_last(dy, LANES), _pad_matrix(dlast, ROWS))
     gradients = (dq, dk, dv, dweight, dforget, dskip, dinitial)
     launch_threads()
     m2rnn_loops.backward(*map(_flat, (*arrays, *given)), np.float32(limit), sizes, *map(_flat, gradients))
@@ -67,24 +67,26 @@ def _sizes(padded: Inputs, chunk: int) -> tuple[int, ...]:
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(-1).numpy()
+    """The same memory, never a copy: a tensor that is not contiguous raises."""
+    return tensor.view(-1).numpy()
 
 
 def _pad_last(tensor: Tensor, multiple: int) -> Tensor:
+    """Zeros behind the last dimension up to a multiple; contiguous."""
     missing = -tensor.shape[-1] % multiple
-    return F.pad(tensor, (0, missing)) if missing else tensor
+    return F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
 
 
-def _pad_state(state: Tensor) -> Tensor:
-    """(..., K, V), also for (N, V, V) with both padded to the lanes."""
-    return _pad_last(_pad_last(state.mT, ROWS).mT, LANES)
+def _pad_matrix(matrix: Tensor, rows: int) -> Tensor:
+    """(..., rows, V): the first of the two to a multiple of `rows`, the second to one of the lanes; contiguous."""
+    return _pad_last(_pad_last(matrix.mT, rows).mT, LANES)
 
 
 def _pad(inputs: Inputs) -> Inputs:
-    weight = _pad_last(_pad_last(inputs.weight.mT, LANES).mT, LANES)
+    weight, state = _pad_matrix(inputs.weight, LANES), _pad_matrix(inputs.initial_state, ROWS)
     q, k = _pad_last(inputs.q, ROWS), _pad_last(inputs.k, ROWS)
     v, skip = _pad_last(inputs.v, LANES), _pad_last(inputs.skip, LANES)
-    return Inputs(q, k, v, weight, inputs.forget, skip, inputs.starts, _pad_state(inputs.initial_state))
+    return Inputs(q, k, v, weight, inputs.forget.contiguous(), skip, inputs.starts.contiguous(), state)
 
 
 def _trim(tensor: Tensor, *last: int) -> Tensor:
