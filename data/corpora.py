@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -51,8 +52,9 @@ class InstalledPython:
 
     def documents(self) -> Iterator[Document]:
         library = Path(sysconfig.get_path("stdlib"))
-        yield from _source_tree(library, "python", {".py"}, _is_library, _top_two)
-        yield from _source_tree(_torch_folder(), "torch", {".py"}, _is_torch, _top_two)
+        not_torch = _NOT_THE_LIBRARY | {"testing", "include"}
+        yield from _source_tree(library, "python", (".py",), _NOT_THE_LIBRARY, _module)
+        yield from _source_tree(_torch_folder(), "torch", (".py",), not_torch, _module)
 
 
 class InstalledCpp:
@@ -63,8 +65,7 @@ class InstalledCpp:
 
     def documents(self) -> Iterator[Document]:
         folder = _torch_folder() / "include"
-        suffixes = {".h", ".hpp", ".cuh", ".inc"}
-        yield from _source_tree(folder, "include", suffixes, lambda parts: parts[:2] != ("ATen", "ops"), _subpackage)
+        yield from _source_tree(folder, "include", (".h", ".hpp", ".cuh", ".inc"), {"ATen/ops"}, _subpackage)
 
 
 class Files:
@@ -119,31 +120,28 @@ Parts = tuple[str, ...]
 
 
 def _source_tree(
-    root: Path, prefix: str, suffixes: set[str], wanted: Callable[[Parts], bool], group: Callable[[Parts], str]
+    root: Path, prefix: str, suffixes: tuple[str, ...], without: set[str], group: Callable[[Parts], str]
 ) -> Iterator[Document]:
-    """Source files below a folder, by path; the few that are not UTF-8 (encoding cookies) are no documents."""
-    relative = sorted(path.relative_to(root).parts for path in root.rglob("*") if path.suffix in suffixes)
-    for parts in relative:
-        path = root.joinpath(*parts)
-        if not wanted(parts) or not path.is_file():
-            continue
+    """Source files below a folder, by path. without: names or relative paths of folders that are not entered.
+
+    Files that are not UTF-8 (a few with encoding cookies) are no documents, nor are those that building Python left
+    (_sysconfigdata*, full of paths of that machine).
+    """
+    found = []
+    for folder, names, files in os.walk(root):
+        relative = Path(folder).relative_to(root)
+        names[:] = [name for name in names if name not in without and (relative / name).as_posix() not in without]
+        wanted = (name for name in files if name.endswith(suffixes) and not name.startswith("_sysconfigdata"))
+        found += [(*relative.parts, name) for name in wanted]
+    for parts in sorted(found):
         try:
-            text = read_text(path)
+            text = read_text(root.joinpath(*parts))
         except InputError:
             continue
         yield Document("/".join((prefix, *parts)), text, f"{prefix}/{group(parts)}")
 
 
-def _is_library(parts: Parts) -> bool:
-    # _sysconfigdata*: generated when Python was built, full of paths of that machine
-    return not _NOT_THE_LIBRARY & set(parts[:-1]) and not parts[-1].startswith("_sysconfigdata")
-
-
-def _is_torch(parts: Parts) -> bool:
-    return not (_NOT_THE_LIBRARY | {"testing"}) & set(parts[:-1])
-
-
-def _top_two(parts: Parts) -> str:
+def _module(parts: Parts) -> str:
     """The package or module right below the root: json/decoder.py and json/tool.py are one group."""
     return parts[0]
 
