@@ -55,9 +55,10 @@ class CheckpointConfig:
 
 @dataclass
 class Saved:
-    """A finished save. manifest_sha256 identifies all its bytes."""
+    """A finished save. manifest_sha256 identifies all its bytes; state is what was given to `save`."""
 
     step: int
+    state: dict[str, Any]
     path: Path
     manifest_sha256: str
     seconds: float
@@ -75,6 +76,7 @@ class Checkpointer:
         self.folder = Path(folder)
         self.config = config or CheckpointConfig()
         self.message = message
+        # Finished saves of this process whose folders are still there, oldest first.
         self.saved: list[Saved] = []
         self._known_damaged: set[Path] = set()
         self._thread: threading.Thread | None = None
@@ -96,8 +98,9 @@ class Checkpointer:
         if self.saved and self.saved[-1].step == step and self.saved[-1].path.is_dir():
             return earlier  # the cadence and a stop may meet at the same step
         data = canonical_json({"step": step, "state": state})
+        state = json.loads(data)["state"]  # a copy that the caller cannot change under the writing thread
         copies = snapshot(flatten(tensors))
-        self._thread = threading.Thread(target=self._write, args=(step, copies, data), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state, data), name=f"checkpoint-{step}")
         self._thread.start()
         if self.config.mode == "sync":
             return self.wait()
@@ -132,7 +135,7 @@ class Checkpointer:
             return []
         return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), key=_order, reverse=True)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: bytes) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], data: bytes) -> None:
         """The body of a save: never raises, since a failed save must not end the run."""
         started = time.monotonic()
         temporary = self.folder / f"{TEMPORARY}{step:08d}"
@@ -141,14 +144,14 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_tensors(temporary / "tensors", tensors)
-            write_durably(temporary / "state.json", state)
+            write_durably(temporary / "state.json", data)
             fsync_path(temporary / "tensors")
             manifest_sha256 = write_manifest(temporary, step)
             fsync_path(temporary)
             path = self._free_path(step)
             temporary.rename(path)
             fsync_path(self.folder)
-            self.saved.append(Saved(step, path, manifest_sha256, time.monotonic() - started))
+            self.saved.append(Saved(step, state, path, manifest_sha256, time.monotonic() - started))
         except Exception as error:
             self._error = f"checkpoint of step {step} was not saved: {_spell(error)}"
             self.message(self._error)
@@ -191,6 +194,7 @@ class Checkpointer:
             # renamed first: a kill while deleting must not leave something that looks like a damaged checkpoint
             doomed = self.folder / f"{DELETING}{path.name}"
             path.rename(doomed)
+            self.saved = [saved for saved in self.saved if saved.path != path]
             shutil.rmtree(doomed)
 
 

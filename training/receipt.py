@@ -120,13 +120,18 @@ class Receipt:
         self._write()
 
     def checkpoint(self, step: int, tokens: int, path: str | Path, manifest_sha256: str) -> None:
-        """Lists a finished checkpoint; those whose folder has been removed since leave the list."""
-        name = Path(path).name
-        folder = Path(path).parent
-        kept = [entry for entry in self.content["checkpoints"] if (folder / entry["folder"]).is_dir()]
-        kept = [entry for entry in kept if entry["folder"] != name]
+        """Lists a finished checkpoint; those whose folder has been removed leave the list. Listing twice is once."""
+        name, folder = Path(path).name, Path(path).parent
         entry = {"step": int(step), "tokens": int(tokens), "folder": name, "manifest_sha256": manifest_sha256}
-        self.update(checkpoints=[*kept, entry])
+        known = {(old["folder"], old["manifest_sha256"]) for old in self.content["checkpoints"]}
+        entries = (
+            [*self.content["checkpoints"]]
+            if (name, manifest_sha256) in known
+            else [*(old for old in self.content["checkpoints"] if old["folder"] != name), entry]
+        )
+        entries = [old for old in entries if (folder / old["folder"]).is_dir()]
+        if entries != self.content["checkpoints"]:
+            self.update(checkpoints=entries)
 
     def finish(self, status: str, reason: str | None = None, **fields: Any) -> None:
         """Closes the receipt: status, reason (for a crash: the traceback), end time, last fields."""

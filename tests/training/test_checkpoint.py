@@ -159,6 +159,7 @@ def test_retention(tmp_path):
     for step in range(10, 80, 10):
         assert keeper.save(step, {"x": {"a": torch.full((2,), float(step))}}, {}) is None
     assert [step_of(path) for path in keeper.paths()] == [70, 60, 30]
+    assert [(saved.step, saved.state) for saved in keeper.saved] == [(30, {}), (60, {}), (70, {})]
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path):

@@ -205,5 +205,15 @@ def test_removed_checkpoints_leave_the_list(tmp_path):
     ]
 
 
+def test_listing_a_checkpoint_again_keeps_its_tokens(tmp_path):
+    receipt, _ = start(tmp_path)
+    (tmp_path / "step-00000001").mkdir()
+    receipt.checkpoint(1, 10, tmp_path / "step-00000001", "m1")
+    receipt.checkpoint(1, 99, tmp_path / "step-00000001", "m1")
+    assert [entry["tokens"] for entry in on_disk(tmp_path)["checkpoints"]] == [10]
+    receipt.checkpoint(2, 20, tmp_path / "step-00000002", "gone")
+    assert len(on_disk(tmp_path)["checkpoints"]) == 1
+
+
 def test_no_receipt_reads_as_empty(tmp_path):
     assert read_receipt(tmp_path) == {}
