@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. stp.weight=0.05 model.pattern=AMEMR")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and cost; start nothing")
     parser.add_argument("--print-layout", action="store_true", help="print the table of blocks; start nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     config = load_config(arguments.config, arguments.overrides)
     warnings = config.validate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,11 @@ class HybridLM(nn.Module):
         if config.head == "tied":
             self.head.weight = self.embedding.weight
 
+    @property
+    def stack(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast(list[Block], list(self.blocks))
+
     def _block(self, letter: str) -> Block:
         mixer_class, config_name = MIXERS[letter]
         mixer = mixer_class(self.config.d_model, getattr(self.config, config_name))
@@ -89,9 +94,9 @@ class HybridLM(nn.Module):
         if self.config.head == "untied":
             nn.init.normal_(self.head.weight, std=self.config.d_model**-0.5, generator=generator)
         nn.init.ones_(self.final_norm.weight)
-        for block in self.blocks:
-            nn.init.ones_(block.norm.weight)  # type: ignore[union-attr, arg-type]
-            block.mixer.init_weights(len(self.blocks), generator)  # type: ignore[union-attr, operator]
+        for block in self.stack:
+            nn.init.ones_(block.norm.weight)
+            block.mixer.init_weights(len(self.blocks), generator)
 
     def forward(self, tokens: Tensor, context: SequenceContext) -> HybridOutput:
         """tokens: (B, T) int64. The residual stream stays float32 (float64 in a float64 model) at every boundary."""
@@ -108,20 +113,20 @@ class HybridLM(nn.Module):
 
     def init_state(self, batch_size: int, max_length: int) -> list[dict[str, Tensor]]:
         """Decoding state before the first token of a document, one entry per block."""
-        return [block.mixer.init_state(batch_size, max_length) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return [block.mixer.init_state(batch_size, max_length) for block in self.stack]
 
     def step(self, tokens: Tensor, states: list[dict[str, Tensor]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """tokens: (B,) -> logits (B, V) and the next states. Equals `forward` at that position."""
         hidden = self.embedding(tokens)
         next_states = []
-        for block, state in zip(self.blocks, states, strict=True):
-            hidden, state = block.step(hidden, state)  # type: ignore[operator]
+        for block, state in zip(self.stack, states, strict=True):
+            hidden, state = block.step(hidden, state)
             next_states.append(state)
         return self.logits(self.final_norm(hidden)), next_states
 
     def moe_mixers(self) -> list[Any]:
         """The routed E mixers, in stack order (those whose selection bias is balanced)."""
-        return [block.mixer for block in self.blocks if block.letter == "E" and block.mixer.n_experts > 1]  # type: ignore[union-attr]
+        return [block.mixer for block in self.stack if block.letter == "E" and block.mixer.n_experts > 1]
 
     def layout(self, sequence_length: int) -> list[dict[str, Any]]:
         """One row per block: index, letter, family, parameters, forward matmul FLOPs per token."""
@@ -131,9 +136,9 @@ class HybridLM(nn.Module):
                 "letter": block.letter,
                 "family": block.family,
                 "parameters": sum(parameter.numel() for parameter in block.parameters()),
-                "flops_per_token": block.mixer.flops_per_token(sequence_length),  # type: ignore[union-attr, operator]
+                "flops_per_token": block.mixer.flops_per_token(sequence_length),
             }
-            for index, block in enumerate(self.blocks, start=1)
+            for index, block in enumerate(self.stack, start=1)
         ]
 
     def flops_per_token(self, sequence_length: int) -> int:

@@ -188,7 +188,7 @@ def _schema(config: type) -> dict[str, type | None]:
 def _check_keys(tree: DictConfig, config: type, source: str, prefix: str = "") -> None:
     schema = _schema(config)
     for key in tree:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         if key not in schema:
             raise InputError(f"{source}: unknown key {full}{_nearest_key(full)}")
         nested = schema[str(key)]

@@ -85,7 +85,6 @@ class Run:
         self.progress = Progress(self.meter)
         self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, self.progress.message)
         self.warnings = warnings
-        self.validations = 0
         self.proven = self.proven_open = False
 
     def __enter__(self) -> Run:
@@ -196,7 +195,7 @@ class Run:
             self.tracker.log(state.step, self._metrics(state, measured, grad_norm, stp_weight, learning_rate))
         if not accepted:
             self.progress.message(f"step {state.step}: loss or gradient not finite, skipped ({state.skipped_steps})")
-        if ended or self._validation_is_due(state):
+        if ended or self._validation_is_due(state.tokens - n_tokens, state.tokens):
             self._validate(state)
         if ended or self.checkpoints.due(state.step):
             self._save(state)
@@ -227,10 +226,10 @@ class Run:
             metrics |= {f"moe/load/{number}/{expert}": share for expert, share in enumerate(routing["load"])}
         return metrics
 
-    def _validation_is_due(self, state: State) -> bool:
-        done = state.tokens / self.config.train.tokens // self.config.validation.every_fraction
-        before, self.validations = self.validations, max(self.validations, int(done))
-        return int(done) > before
+    def _validation_is_due(self, before: int, after: int) -> bool:
+        """Whether a multiple of every_fraction of the budget lies in (before, after]: the same after any resume."""
+        spacing = self.config.validation.every_fraction * self.config.train.tokens
+        return after // spacing > before // spacing
 
     def _validate(self, state: State) -> None:
         settings, T = self.config.validation, self.config.data.sequence_length

@@ -96,6 +96,10 @@ def check_boundary(
         above = list(model.blocks[int(index) :])
     family = {"final": "final", 0: "embedding"}.get(index) or module.letter
     result = BoundaryResult(index, family, 0.0, 0.0)
+    for name, tensor in (("its state", here), ("the state below", below)):
+        if tensor is not None and not tensor.requires_grad:
+            result.problems.append(f"{name} does not require grad (detached or made under no_grad)")
+            return result
     if not term.requires_grad:
         result.problems.append("its STP term has no gradient")
         return result
