@@ -75,6 +75,8 @@ class Receipt:
         _merge(content, fields)
         content["starts"].append({"time": _utc(), "git": dict(git), "tokens": content["tokens"]})
         receipt = cls(path, content, message, clock)
+        for half in path.parent.glob(f".{RECEIPT}.*.tmp"):  # of a process that was killed while writing
+            half.unlink(missing_ok=True)
         replace_atomically(path, receipt._encode())
         receipt._written = clock()
         return receipt

@@ -191,6 +191,12 @@ def test_a_receipt_that_is_none_is_begun_anew(tmp_path, text):
     assert content["stp"]["live_tokens"] == [] and len(content["starts"]) == 1 and len(content["metrics"]) == 4
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / ".receipt.json.123.tmp").write_text('{"run_id"')
+    start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["receipt.json"]
+
+
 def test_removed_checkpoints_leave_the_list(tmp_path):
     receipt, _ = start(tmp_path)
     for step in (1, 2):
