@@ -10,7 +10,7 @@ CODE   := model blocks losses data training analysis scripts tests train.py erro
 CONFIG ?= configs/demo.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format lock
+.PHONY: help setup setup-cuda train test check format lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -23,6 +23,12 @@ $(VENV)/.ready: requirements.lock Makefile
 	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
 	$(PY) -m pip install --quiet $(TORCH)
 	@touch $@
+
+setup-cuda: $(VENV)/.ready ## on a GPU machine: build mamba-ssm and causal-conv1d against the installed torch
+	$(PY) -m pip install --quiet ninja packaging setuptools wheel
+	MAMBA_FORCE_BUILD=TRUE $(PY) -m pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE $(PY) -m pip install --no-build-isolation --no-deps causal-conv1d==1.7.0
+	$(PY) -m pip install --quiet "triton>=3.5"
 
 train: $(VENV)/.ready ## train the default run (configs/demo.yaml); again: continue it or start the next
 	$(PY) train.py $(CONFIG)
