@@ -11,6 +11,7 @@ Queries and keys have fewer heads than values: value head n reads query head n /
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -21,18 +22,28 @@ from torch import Tensor
 from blocks.kernels import m2rnn_numba, m2rnn_torch
 from blocks.kernels.m2rnn_layout import prepare
 
-NUMBA = "Numba, state kept every 16 steps"
-CHUNKED = "chunked time loop (torch), state kept every 16 steps"
+NUMBA = "Numba, explicit SIMD"
+TRITON = "Triton"
+CHUNKED = "chunked time loop (torch)"
 CHUNK_SIZE = 16  # steps between the states that are kept for the backward pass: changes memory, not the result
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
-    """What `m2rnn` runs for this device and dtype."""
-    return NUMBA if device.type == "cpu" and dtype != torch.float64 else CHUNKED
+    """What `m2rnn` runs for this device and dtype: float64 and devices without a kernel of their own take CHUNKED."""
+    if dtype == torch.float64:
+        return CHUNKED
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return TRITON
+    return NUMBA if device.type == "cpu" else CHUNKED
 
 
 def _kernel(v: Tensor) -> Any:
-    return {NUMBA: m2rnn_numba, CHUNKED: m2rnn_torch}[kernel_name(v.device, v.dtype)]
+    name = kernel_name(v.device, v.dtype)
+    if name == TRITON:
+        from blocks.kernels import m2rnn_triton  # needs triton: only where it will be used
+
+        return m2rnn_triton
+    return m2rnn_numba if name == NUMBA else m2rnn_torch
 
 
 def m2rnn(

@@ -1,6 +1,11 @@
 """Random inputs of the M2RNN kernel, and a literal loop that shares nothing with it."""
 
+import numba
 import torch
+
+# Numba's first kernel sets the OpenMP threads of the whole process, torch's too. Launch it here, at collection,
+# before conftest asks torch for one thread.
+numba.set_num_threads(1)
 
 NAMES = ("q", "k", "v", "weight", "forget", "skip", "initial_state")
 
