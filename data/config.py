@@ -30,7 +30,8 @@ class CorpusSpec:
 class TokenizerConfig:
     # Entries of the BPE vocabulary: 3 special ones (unknown, begin, end), 256 bytes, the rest learned.
     vocab_size: int = 4096
-    # A sentencepiece model to use instead of training one (another run's, or the one that made a megatron corpus).
+    # A sentencepiece model to use instead of training one (another run's, or the one that made a megatron corpus);
+    # its vocabulary counts then, not vocab_size.
     path: str | None = None
     # UTF-8 bytes of training text, drawn over the whole training split, that the vocabulary is learned from.
     sample_bytes: int = 10_000_000

@@ -134,8 +134,11 @@ def _source_tree(
         wanted = (name for name in files if name.endswith(suffixes) and not name.startswith("_sysconfigdata"))
         found += [(*relative.parts, name) for name in wanted]
     for parts in sorted(found):
+        path = root.joinpath(*parts)
+        if not path.is_file():  # a dangling link
+            continue
         try:
-            text = read_text(root.joinpath(*parts))
+            text = read_text(path)
         except InputError:
             continue
         yield Document("/".join((prefix, *parts)), text, f"{prefix}/{group(parts)}")

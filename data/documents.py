@@ -65,20 +65,20 @@ def _near(path: Path) -> str:
 
 def read_file(path: Path, text_field: str = "text") -> Iterator[Document]:
     """The documents of one file. Raises InputError naming it."""
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text_field)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, text_field)
-    else:
-        yield Document(str(path), read_text(path))
+    try:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path, text_field)
+        elif path.suffix == ".parquet":
+            yield from _read_parquet(path, text_field)
+        else:
+            yield Document(str(path), read_text(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_text(path: Path) -> str:
     """A file as text, to the last byte. Raises InputError if it is binary: NUL bytes, or not UTF-8."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = path.read_bytes()
     if (offset := raw.find(b"\0")) >= 0:
         raise InputError(f"{path}: is a binary file (NUL byte at {offset}); {_ADVICE}")
     try:

@@ -55,7 +55,10 @@ def prepare(
     folder = prepared_folder(config, artifacts_dir)
     if folder.is_dir():
         return open_prepared(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder.parent}: cannot be used as the folder of artifacts: {error.strerror}") from None
     with _lock(folder):
         if not folder.is_dir():  # another process may have made it while we waited
             temporary = folder.with_name(f".{folder.name}.partial")
