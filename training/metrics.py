@@ -146,7 +146,7 @@ def truncate_metrics(path: Path, step: int, message: Callable[[str], None] = pri
         message(f"{path}: missing, so this run's earlier metrics are lost; starting an empty file")
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    later = broken = 0
+    later = broken = cut = 0
     with path.open("rb") as source, temporary.open("wb") as target:
         for line, record in _records(source):
             if record is None:
@@ -154,28 +154,28 @@ def truncate_metrics(path: Path, step: int, message: Callable[[str], None] = pri
             elif record["step"] > step:
                 later += 1
             else:
-                target.write(line)
+                cut += not line.endswith(b"\n")
+                target.write(line.rstrip(b"\n") + b"\n")
         target.flush()
         os.fsync(target.fileno())
-    if later or broken:
+    if later or broken or cut:
         temporary.replace(path)
         fsync_path(path.parent)
+    if later or broken:
         message(f"{path.name}: dropped {later} records after step {step}, {broken} damaged lines")
-    else:
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
 
 
 def _records(file: Any) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line with its record, or None where the line is none."""
+    """Each line with its record, or None where the line is none. A whole object without its newline is a record."""
     for line in file:
         record = None
-        if line.endswith(b"\n"):
-            try:
-                parsed = json.loads(line)
-                if isinstance(parsed, dict) and isinstance(parsed.get("step"), int):
-                    record = parsed
-            except (ValueError, RecursionError):
-                pass
+        try:
+            parsed = json.loads(line)
+            if isinstance(parsed, dict) and isinstance(parsed.get("step"), int):
+                record = parsed
+        except (ValueError, RecursionError):
+            pass
         yield line, record
 
 

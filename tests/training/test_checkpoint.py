@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from errors import InputError
@@ -108,6 +109,15 @@ def test_state_floats_come_back_exactly(tmp_path):
     state = {"best": 0.1 + 0.2, "worst": float("inf"), "tokens": 2**62, "live": [[0, 5]], "text": "é\n"}
     keeper.save(1, {"x": {"a": torch.ones(1)}}, state)
     assert keeper.load(keeper.latest_valid(), {"x": {"a": torch.zeros(1)}}) == state
+
+
+def test_a_tied_tensor_is_stored_once(tmp_path):
+    model, _ = make(0)
+    keeper, _ = checkpointer(tmp_path)
+    keeper.save(1, {"model": model.state_dict()}, {})
+    (shard,) = (keeper.latest_valid() / "tensors").iterdir()
+    with safe_open(shard, "pt") as stored:
+        assert set(stored.keys()) == {f"model.{name}" for name in model.state_dict()} - {"model.head.weight"}
 
 
 def test_weights_alone(tmp_path):

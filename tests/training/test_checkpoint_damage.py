@@ -161,6 +161,7 @@ KILLER = """
     import torch
     import torch.distributed.checkpoint
     from training.checkpoint import CheckpointConfig, Checkpointer, step_of
+    from training.manifest import damages
     torch.set_num_threads(1)
     folder = sys.argv[1]
     countdown = [10**9]
@@ -200,7 +201,7 @@ KILLER = """
         into = {"x": {"a": torch.zeros(5)}}
         step = keeper.load(path, into)["n"]
         assert step == step_of(path) and into["x"]["a"].eq(float(step)).all()
-        assert len(keeper.paths()) >= 2
+        assert len(keeper.paths()) >= 2 and not any(damages(path) for path in keeper.paths())
         newest = step
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0

@@ -89,6 +89,17 @@ def test_damaged_lines_are_dropped_and_named(tmp_path, junk):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_record_that_lacks_only_its_newline_is_kept(tmp_path):
+    path = write(tmp_path, [1, 2])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    writer, messages = tracker(tmp_path, resume_step=2)
+    writer.log(3, {"loss": 1 / 3})
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3] and messages == []
+    assert path.read_bytes().startswith(whole)
+
+
 def test_nothing_to_drop_leaves_the_file_alone(tmp_path):
     path = write(tmp_path, [1, 2])
     before = path.stat()
@@ -201,7 +212,7 @@ def test_wandb_that_breaks_on_the_way(tmp_path, monkeypatch):
     for step in (1, 2, 3, 4):
         writer.log(step, {"loss": 0.5})
     writer.close()
-    assert [step for step, _ in run.logged] == [1]
+    assert [step for step, _ in run.logged] == [1] and run.finished == 1
     assert messages == ["wandb: RuntimeError: server gone; the run goes on with metrics.jsonl alone"]
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
