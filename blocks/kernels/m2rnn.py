@@ -25,7 +25,7 @@ from blocks.kernels.m2rnn_layout import prepare
 NUMBA = "Numba, explicit SIMD"
 TRITON = "Triton"
 CHUNKED = "chunked time loop (torch)"
-CHUNK_SIZE = 16  # steps between the states that are kept for the backward pass: changes memory, not the result
+CHUNK_SIZE = 32  # steps between the states that are kept for the backward pass: changes memory, not the result
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
