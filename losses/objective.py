@@ -11,6 +11,7 @@ from torch import Tensor
 
 from errors import InputError, require, require_choice, require_number
 from losses.gate import GateConfig
+from losses.joined import GradientJoin, joins
 from losses.lm import lm_loss_sum
 from losses.stp import (
     DISTANCES,
@@ -166,7 +167,9 @@ class Objective:
         """The states at the selected boundaries."""
         return [final if boundary == "final" else hidden_states[int(boundary)] for boundary in self.boundaries]
 
-    def measure(self, hidden_states: Sequence[Tensor], final: Tensor, triples: Triples) -> STPTerms:
+    def measure(
+        self, hidden_states: Sequence[Tensor], final: Tensor, triples: Triples, join: GradientJoin | None = None
+    ) -> STPTerms:
         """Sums and counts of every selected boundary."""
         config = self.config
         return stp_terms(
@@ -177,7 +180,18 @@ class Objective:
             distance=config.distance,
             length_weighting=config.length_weighting,
             normalize=config.normalize,
+            join=join,
         )
+
+    def _join(self, output: ModelOutput) -> GradientJoin | None:
+        """The cheap way back for a training step. Compiled graphs have their own, and a placebo has none."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.is_control:
+            return None
+        indices = [int(boundary) for boundary in self.boundaries if boundary != "final"]
+        arrives = joins(output.hidden_states, output.final, indices)
+        at_final = output.final.requires_grad and output.final.grad_fn is not None
+        joined = [at_final if boundary == "final" else arrives[int(boundary)] for boundary in self.boundaries]
+        return GradientJoin(self.select(output.hidden_states, output.final), joined)
 
     def stp_terms(self, hidden_states: Sequence[Tensor], final: Tensor, triples: Triples) -> dict[int | str, Tensor]:
         """Boundary -> its own STP loss (scalar, with gradient), for checks that look at each alone."""
@@ -209,12 +223,15 @@ class Objective:
         if triples is None:
             return ObjectiveOutput(total, terms, lm, None, None, None, n_tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stp_weight is not None):
-            measured = self.measure(output.hidden_states, output.final, triples)
+            join = self._join(output)
+            measured = self.measure(output.hidden_states, output.final, triples, join)
             per_boundary = measured.per_boundary(stp_divisor)
             stp = per_boundary.mean()
         if stp_weight is not None:
             terms["stp"] = Term(stp, stp_weight)
             total = lm + stp_weight * stp
+            if join is not None:
+                join.watch(total)
         return ObjectiveOutput(total, terms, lm, stp, per_boundary, measured, n_tokens)
 
     def family_means(self, per_boundary: Tensor) -> dict[str, float]:

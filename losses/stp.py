@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from losses.joined import GradientJoin, ReadRows
+from losses.stp_kernel import CosineSums, kernel_name
 from losses.triples import Triples, documents_from_positions, draw_with_generator
 
 FORMS = ("triple", "consecutive", "patch_complement")
@@ -41,9 +43,8 @@ class STPTerms:
 
     def per_boundary(self, divisor: Tensor | float | None = None) -> Tensor:
         """(n_boundaries,) losses; divisor: that of the global batch (default: this one's own, at least 1 triple)."""
-        if divisor is None:
-            divisor = torch.where(self.divisor > 0, self.divisor, 1.0)
-        return self.sums / divisor
+        divisor = torch.as_tensor(self.divisor if divisor is None else divisor, device=self.sums.device)
+        return self.sums / torch.where(divisor > 0, divisor, 1.0)
 
 
 def compute_stp_loss(
@@ -148,8 +149,12 @@ def stp_terms(
     length_weighting: str = "none",
     normalize: str = "none",
     predictor: Callable[[Tensor], Tensor] | None = None,
+    join: GradientJoin | None = None,
 ) -> STPTerms:
-    """Per-boundary sums of `compute_stp_loss`; arguments as there. Raises ValueError like it."""
+    """Per-boundary sums of `compute_stp_loss`; arguments as there. Raises ValueError like it.
+
+    join: how the gradient reaches the states in a training step (see losses.joined); None: by autograd.
+    """
     states = _as_list(hidden_states, None)
     for name, value, choices in (
         ("form", form, FORMS),
@@ -165,7 +170,26 @@ def stp_terms(
     points, valid, lengths = select_points(triples, form, variant)
     weights = triple_weights(valid, lengths, sample_weights, length_weighting)
 
-    rows = torch.stack([gather_rows(h, points) for h in states])  # (n_boundaries, P, B, n, D)
+    plain = distance == "cosine" and normalize == "none" and predictor is None
+    if join is not None and plain and all(kernel_name(h.device, h.dtype) == "numba" for h in states):
+        sums, n_degenerate = CosineSums.apply(
+            join, join.sentinel, points, valid, weights, DEGENERATE_TOLERANCE, *states
+        )
+        return STPTerms(sums, weights.sum(), valid.sum(), n_degenerate)
+    losses, degenerate = row_losses(read_rows(states, points, join), form, distance, normalize, predictor)
+    # (n_boundaries, B, n); the where keeps a value of a triple that is not valid out of sum and gradient.
+    losses = torch.where(valid, losses, 0.0) * weights
+    return STPTerms(losses.sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
+
+
+def row_losses(
+    rows: Tensor,
+    form: str,
+    distance: str = "cosine",
+    normalize: str = "none",
+    predictor: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """rows (n_boundaries, P, B, n, D): the states a form reads -> losses and degenerate, (n_boundaries, B, n)."""
     if normalize == "rms":
         rows = rows * (rows.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
     first, second = _displacements(rows, form)
@@ -173,12 +197,8 @@ def stp_terms(
         second = _full_precision(predictor, second)
     if distance == "mse":
         losses = (first - second).square().mean(-1)
-        degenerate = torch.zeros_like(losses, dtype=torch.bool)
-    else:
-        losses, degenerate = one_minus_cosine(first, second, rows)
-    # (n_boundaries, B, n); the where keeps a value of a triple that is not valid out of sum and gradient.
-    losses = torch.where(valid, losses, 0.0) * weights
-    return STPTerms(losses.sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
+        return losses, torch.zeros_like(losses, dtype=torch.bool)
+    return one_minus_cosine(first, second, rows)
 
 
 def select_points(triples: Triples, form: str, variant: str = "standard") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -217,12 +237,20 @@ def triple_weights(
     return weights
 
 
-def gather_rows(hidden: Tensor, points: Tensor) -> Tensor:
-    """hidden (B, T, D), points (P, B, n) token indices -> (P, B, n, D) in float32 or better."""
-    batch_size, length, width = hidden.shape
-    offsets = torch.arange(batch_size, device=hidden.device)[:, None] * length
-    rows = hidden.reshape(batch_size * length, width).index_select(0, (points + offsets).flatten())
-    return rows.view(*points.shape, width).to(torch.promote_types(hidden.dtype, torch.float32))
+def flat_index(hidden: Tensor, points: Tensor) -> Tensor:
+    """Token indices (P, B, n) -> rows of hidden (B, T, D) seen as (B x T, D)."""
+    return points + torch.arange(hidden.shape[0], device=hidden.device)[:, None] * hidden.shape[1]
+
+
+def read_rows(states: Sequence[Tensor], points: Tensor, join: GradientJoin | None = None) -> Tensor:
+    """states (B, T, D) each, points (P, B, n) -> (n_boundaries, P, B, n, D) in float32 or better."""
+    flat = flat_index(states[0], points).flatten()
+    if join is not None:
+        rows = ReadRows.apply(join, join.sentinel, flat, *states)
+    else:
+        rows = torch.stack([h.reshape(-1, h.shape[-1]).index_select(0, flat) for h in states])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.view(len(states), *points.shape, states[0].shape[-1])
 
 
 def close_gaps(hidden: Tensor, mask: Tensor, document_ids: Tensor | None = None) -> Tensor:

@@ -97,7 +97,7 @@ def test_state_survives_a_checkpoint_and_refuses_another_rule():
     assert state == {"start_tokens": 100, "ramp_tokens": 50} and all(type(v) is int for v in state.values())
     gate.load_state_dict(state)
     moved = TokenGate(GateConfig(start_tokens=200, ramp_tokens=50), 0.02)
-    with pytest.raises(InputError, match="stp.gate.start_tokens"):
+    with pytest.raises(InputError, match=r"stp\.gate\.start_tokens"):
         moved.load_state_dict(state)
-    with pytest.raises(InputError, match="stp.gate.ramp_tokens"):
+    with pytest.raises(InputError, match=r"stp\.gate\.ramp_tokens"):
         gate.load_state_dict({"start_tokens": 100})

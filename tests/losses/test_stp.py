@@ -153,7 +153,7 @@ def test_a_collapsed_displacement_counts_as_one_with_zero_gradient(form, tiny):
     hidden.requires_grad_()
     given = one_triple(2, 3, 4, 6) if form != "patch_complement" else one_triple(2, 2, 3, 6)
     terms = stp_terms([hidden], given, form=form)
-    assert float(terms.sums[0]) == 1.0 and int(terms.n_degenerate[0]) == 1 and float(terms.divisor) == 1.0
+    assert terms.sums[0].item() == 1.0 and int(terms.n_degenerate[0]) == 1 and float(terms.divisor) == 1.0
     terms.sums.sum().backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
@@ -173,7 +173,7 @@ def test_constant_states_read_as_one_not_as_straight(value):
     hidden = torch.full((2, 16, 8), value, requires_grad=True)
     loss = compute_stp_loss(hidden, 8)
     loss.backward()
-    assert float(loss) == 1.0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert loss.item() == 1.0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 def test_degenerate_and_plain_triples_add_up():
@@ -214,7 +214,7 @@ def test_rows_without_room_give_a_connected_zero(form, ids):
     hidden = torch.randn(2, 6, 4, requires_grad=True)
     loss = compute_stp_loss(hidden, 4, form=form, document_ids=torch.tensor([ids, ids]))
     loss.backward()
-    assert float(loss) == 0.0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert loss.item() == 0.0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 @pytest.mark.parametrize("form", FORMS)

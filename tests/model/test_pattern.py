@@ -55,7 +55,7 @@ def test_bad_letters(text, words):
 
 @pytest.mark.parametrize("depth", [0, -3, True])
 def test_bad_depth(depth):
-    with pytest.raises(InputError, match="model.depth: expected at least 1"):
+    with pytest.raises(InputError, match=r"model\.depth: expected at least 1"):
         parse_pattern("AEM", depth)
 
 
@@ -139,5 +139,5 @@ def test_megatron_patterns():
     assert to_megatron("AEMEM") == "*EMEM" and from_megatron("*EMEM") == "AEMEM"
     with pytest.raises(InputError, match="'R' at position 2"):
         to_megatron("AR")
-    with pytest.raises(InputError, match="'-' at position 2 .*dense"):
+    with pytest.raises(InputError, match=r"'-' at position 2 .*dense"):
         from_megatron("M-M")
