@@ -25,7 +25,8 @@ from training.config import RunConfig, load_config
 from training.evidence import gradient_evidence
 from training.hardware import Machine
 from training.health import FiniteGuard
-from training.lifecycle import Measured, Run
+from training.lifecycle import Run
+from training.measured import Measured
 from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from training.preflight import Preflight
 from training.run import choose_run

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from training.machine import configure_threads
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    torch.set_num_threads(1)
+    configure_threads(1)
 
 
 @pytest.fixture(autouse=True)

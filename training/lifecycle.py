@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +14,7 @@ from data.prepared import Prepared
 from data.stream import validation_batches
 from errors import InputError, PreflightError, Stopped
 from losses.gate import TokenGate
-from losses.objective import Objective, ObjectiveOutput
+from losses.objective import Objective
 from losses.triples import Triples
 from model.hybrid import HybridLM
 from training.checkpoint import Checkpointer, load_checkpoint
@@ -23,6 +23,7 @@ from training.durable import write_durably
 from training.environment import describe_environment, git_state
 from training.evaluate import sample_text, validate
 from training.hardware import Machine
+from training.measured import Measured, State, step_metrics
 from training.metrics import Tracker
 from training.optimizer import optimizer_tensors
 from training.preflight import Preflight, PreflightReport, require_ok
@@ -30,37 +31,6 @@ from training.progress import Progress, SpeedMeter, Status
 from training.receipt import Receipt
 from training.run import RunFolder, find_checkpoint, process_identity
 from training.summary import as_receipt
-
-
-@dataclass
-class State:
-    """What a checkpoint holds beside tensors. tokens: loss-bearing ones consumed; live_tokens: where STP acted."""
-
-    step: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    live_tokens: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
-class Measured:
-    """Sums of one optimizer step over its micro-batches. All values are shares of global means, so they add up."""
-
-    total: float = 0.0
-    lm: float = 0.0
-    stp: Tensor | None = None  # (n_boundaries,)
-    masked: Tensor | None = None  # (n_boundaries,) degenerate triples
-    triples: int = 0
-    evidence: dict[str, float] = field(default_factory=dict)
-
-    def add(self, loss: ObjectiveOutput) -> None:
-        self.total += float(loss.total.detach())
-        self.lm += float(loss.lm.detach())
-        if loss.stp_per_boundary is not None and loss.stp_terms is not None:
-            stp, masked = loss.stp_per_boundary.detach(), loss.stp_terms.n_degenerate
-            self.stp = stp if self.stp is None else self.stp + stp
-            self.masked = masked if self.masked is None else self.masked + masked
-            self.triples += int(loss.stp_terms.n_valid)
 
 
 class Run:
@@ -192,39 +162,17 @@ class Run:
         status = Status(state.step, state.tokens, measured.lm, stp, stp_weight, learning_rate)
         self.progress.update(status, line=due)
         if due or measured.evidence or not accepted:
-            self.tracker.log(state.step, self._metrics(state, measured, grad_norm, stp_weight, learning_rate))
+            counts = {"tokens": state.tokens, "skipped_steps": state.skipped_steps}
+            speed = {"tokens_per_second": self.meter.tokens_per_second, "gemm_share": self.meter.recent_gemm_share}
+            rates = {"learning_rate": learning_rate, "grad_norm": float(grad_norm), "stp/weight": stp_weight}
+            found = step_metrics(measured, self.objective, self.model.moe_mixers())
+            self.tracker.log(state.step, {**counts, **found, **rates, **speed})
         if not accepted:
             self.progress.message(f"step {state.step}: loss or gradient not finite, skipped ({state.skipped_steps})")
         if ended or self._validation_is_due(state.tokens - n_tokens, state.tokens):
             self._validate(state)
         if ended or self.checkpoints.due(state.step):
             self._save(state)
-
-    def _metrics(
-        self, state: State, measured: Measured, grad_norm: Tensor, stp_weight: float, learning_rate: float
-    ) -> dict[str, Any]:
-        metrics: dict[str, Any] = {
-            "tokens": state.tokens,
-            "loss/total": measured.total,
-            "loss/lm": measured.lm,
-            "grad_norm": float(grad_norm),
-            "learning_rate": learning_rate,
-            "skipped_steps": state.skipped_steps,
-            "tokens_per_second": self.meter.tokens_per_second,
-            "gemm_share": self.meter.recent_gemm_share,
-            "stp/weight": stp_weight,
-            **measured.evidence,
-        }
-        if measured.stp is not None and measured.masked is not None:
-            metrics["stp/raw"] = float(measured.stp.mean())
-            metrics |= {f"stp/raw/{k}": v for k, v in self.objective.family_means(measured.stp).items()}
-            metrics["stp/masked_share"] = float(measured.masked.double().mean()) / max(measured.triples, 1)
-        for number, mixer in enumerate(self.model.moe_mixers()):
-            routing = mixer.metrics()
-            names = ("load_max", "router_entropy", "bias_range", "dropped")
-            metrics |= {f"moe/{name}/{number}": routing[name] for name in names}
-            metrics |= {f"moe/load/{number}/{expert}": share for expert, share in enumerate(routing["load"])}
-        return metrics
 
     def _validation_is_due(self, before: int, after: int) -> bool:
         """Whether a multiple of every_fraction of the budget lies in (before, after]: the same after any resume."""
@@ -262,24 +210,30 @@ class Run:
     def _save(self, state: State) -> None:
         self.tracker.sync()
         stored = {"run": asdict(state), "gate": self.gate.state_dict(), "config_sha256": self.config.sha256}
-        problem = self.checkpoints.save(state.step, self._tensors(), stored)
-        if problem:
-            self.progress.message(f"checkpoint: {problem}")
-        for saved in self.checkpoints.saved:
-            self.receipt.checkpoint(saved.step, state.tokens, saved.path, saved.manifest_sha256)
+        self.checkpoints.save(state.step, self._tensors(), stored)  # says itself what goes wrong; the run goes on
+        self._list_checkpoints()
         self.meter.pause()
+
+    def _list_checkpoints(self) -> None:
+        for saved in self.checkpoints.saved:
+            self.receipt.checkpoint(saved.step, saved.state["run"]["tokens"], saved.path, saved.manifest_sha256)
+
+    def _finish_saving(self, state: State) -> None:
+        """Raises OSError unless this very step is on the disk: what follows claims that it is."""
+        problem = self.checkpoints.wait()
+        self._list_checkpoints()
+        if problem or not self.checkpoints.saved or self.checkpoints.saved[-1].step != state.step:
+            raise OSError(f"the last checkpoint (step {state.step}) could not be saved: {problem}")
 
     def stop(self, state: State, status: str) -> None:
         """Saves and raises Stopped (exit code 4). status: stopped or preempted."""
         self._save(state)
-        self.checkpoints.wait()
+        self._finish_saving(state)
         raise Stopped(f"{status} at step {state.step}; the same command continues {self.folder.path}")
 
     def finish(self, state: State) -> None:
         """Waits for the last checkpoint, closes the receipt and says what to type next."""
-        self.checkpoints.wait()
-        for saved in self.checkpoints.saved:
-            self.receipt.checkpoint(saved.step, state.tokens, saved.path, saved.manifest_sha256)
+        self._finish_saving(state)
         if self.config.stp.enabled and not self.objective.is_control and not state.live_tokens:
             raise PreflightError("STP is on but was never live: the gate opened on no step with a valid triple")
         self.receipt.finish("finished", steps=state.step, skipped_steps=state.skipped_steps)

@@ -1,0 +1,56 @@
+"""What a step measured, and the metrics record that it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losses.objective import Objective, ObjectiveOutput
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors. tokens: loss-bearing ones consumed; live_tokens: where STP acted."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    live_tokens: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class Measured:
+    """Sums of one optimizer step over its micro-batches. All values are shares of global means, so they add up."""
+
+    total: float = 0.0
+    lm: float = 0.0
+    stp: Tensor | None = None  # (n_boundaries,)
+    masked: Tensor | None = None  # (n_boundaries,) degenerate triples
+    triples: int = 0
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: ObjectiveOutput) -> None:
+        self.total += float(loss.total.detach())
+        self.lm += float(loss.lm.detach())
+        if loss.stp_per_boundary is not None and loss.stp_terms is not None:
+            stp, masked = loss.stp_per_boundary.detach(), loss.stp_terms.n_degenerate
+            self.stp = stp if self.stp is None else self.stp + stp
+            self.masked = masked if self.masked is None else self.masked + masked
+            self.triples += int(loss.stp_terms.n_valid)
+
+
+def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:
+    """Losses, STP per family and in all, its masked share and live evidence, and the routing of every E block."""
+    metrics: dict[str, Any] = {"loss/total": measured.total, "loss/lm": measured.lm, **measured.evidence}
+    if measured.stp is not None and measured.masked is not None:
+        metrics["stp/raw"] = float(measured.stp.mean())
+        metrics |= {f"stp/raw/{family}": value for family, value in objective.family_means(measured.stp).items()}
+        metrics["stp/masked_share"] = float(measured.masked.to(torch.float64).mean()) / max(measured.triples, 1)
+    for number, mixer in enumerate(moe_mixers):
+        routing = mixer.metrics()
+        metrics |= {f"moe/{name}/{number}": value for name, value in routing.items() if name != "load"}
+        metrics |= {f"moe/load/{number}/{expert}": share for expert, share in enumerate(routing["load"])}
+    return metrics
