@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks.kernels.grouped_experts import KINDS, activate, grouped_experts, record_routing
+from blocks.kernels.grouped_experts import KINDS, WIDTH_MULTIPLE, dense_expert, grouped_experts, record_routing
 from errors import require, require_choice, require_number
 
 if TYPE_CHECKING:
     from model.context import SequenceContext
-
-# grouped products want rows of a multiple of 16 bytes: 8 values in bfloat16
-ROW_MULTIPLE = 8
 
 
 @dataclass
@@ -50,11 +47,11 @@ class MoEConfig:
         if self.expert_ff is not None:
             require_number(f"{path}.expert_ff", self.expert_ff, 1)
         for key, width in ((f"{path}.expert_ff", self.width(d_model)), ("d_model", d_model)):
-            near = max(ROW_MULTIPLE, round(width / ROW_MULTIPLE) * ROW_MULTIPLE)
+            near = max(WIDTH_MULTIPLE, round(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
             require(
-                width % ROW_MULTIPLE == 0,
+                width % WIDTH_MULTIPLE == 0,
                 key,
-                f"expected a multiple of {ROW_MULTIPLE} (16 bytes of bfloat16), got {width}; nearest is {near}",
+                f"expected a multiple of {WIDTH_MULTIPLE} (whole vectors), got {width}; nearest is {near}",
             )
 
     def width(self, d_model: int) -> int:
@@ -79,7 +76,8 @@ class DenseExpert(nn.Module):
         nn.init.normal_(self.down_proj.weight, std=out_std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(activate(self.up_proj(x), self.kind))
+        """x (N, D) -> (N, D)."""
+        return dense_expert(x.to(_compute_dtype(x)), self.up_proj.weight, self.down_proj.weight, self.kind)
 
 
 class MoE(nn.Module):
@@ -146,10 +144,8 @@ class MoE(nn.Module):
         if self.dense is not None:
             return self.dense(x)
         expert_ids, weights, scores = self.route(x)
-        dtype = _compute_dtype(x)
-        y, rows = grouped_experts(
-            x.to(dtype), expert_ids, weights, self.up_proj.to(dtype), self.down_proj.to(dtype), self.kind
-        )
+        x_products = x.to(_compute_dtype(x))
+        y, rows = grouped_experts(x_products, expert_ids, weights, self.up_proj, self.down_proj, self.kind)
         if self.training and torch.is_grad_enabled():
             record_routing(rows, scores.detach(), self.counts, self.entropy)
         return y if self.shared is None else y + self.shared(x)
