@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blocks.kernels.causal_conv import causal_conv
-from blocks.kernels.gated_norm import gated_norm
-from blocks.kernels.ssd import ssd
+from blocks.kernels.gated_norm import gated_norm_reference
+from blocks.kernels.mamba2 import Mamba2Shape, mamba2_inner
 from errors import InputError, require, require_number
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y and z (..., C) -> (..., C)."""
-        return gated_norm(y, z, self.weight, self.n_groups, self.eps)
+        return gated_norm_reference(y, z, self.weight, self.n_groups, self.eps)
 
 
 class Mamba2(nn.Module):
@@ -90,6 +89,7 @@ class Mamba2(nn.Module):
         self.d_inner = config.expand * d_model
         self.n_heads = self.d_inner // config.head_dim
         self.conv_dim = self.d_inner + 2 * config.n_groups * config.d_state
+        self.shape = Mamba2Shape(config.head_dim, config.d_state, config.n_groups, config.chunk_size, config.norm_eps)
         self.splits = [self.d_inner, self.conv_dim, self.n_heads]
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=False)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, config.d_conv, groups=self.conv_dim)
@@ -124,12 +124,9 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
-        xBC = causal_conv(xBC, *self._taps(), context.segment_ids)
-        values, keys, queries = self._heads(xBC)
-        A, D = self._decay_rates()
-        y = ssd(values, self._step_sizes(dt), A, keys, queries, D, context.segment_ids, self.config.chunk_size)
-        return self.out_proj(self.norm(rearrange(y, "b t h p -> b t (h p)"), z))
+        parameters = (self.dt_bias, self.A_log, self.D, self.norm.weight)
+        y = mamba2_inner(self.in_proj(x), *self._taps(), *parameters, context.segment_ids, self.shape)
+        return self.out_proj(y)
 
     def _taps(self) -> tuple[Tensor, Tensor]:
         """Weight (C, K) and bias (C,) of the convolution."""

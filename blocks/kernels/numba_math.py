@@ -5,21 +5,28 @@ innermost loop. bfloat16 tensors enter through `as_numpy(tensor)`. FASTMATH neve
 finite checks of a training loop still see them.
 """
 
-# mypy: disable-error-code="call-arg, var-annotated"
+# mypy: disable-error-code="var-annotated"
 from __future__ import annotations
 
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
 from torch import Tensor
+
+intrinsic: Any = numba.extending.intrinsic  # whose stubs do not know that the typing context is not an argument
 
 # Everything that `fastmath=True` means, except nnan and ninf.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+
+# Decorators: `helper` for functions that only other Numba functions call, `kernel` for the parallel ones that Python
+# calls. A kernel should be a loop over tasks around one call: what stands inside it compiles several times over.
+helper: Any = njit(**{"cache": True, "fastmath": FASTMATH, "no_cpython_wrapper": True, "no_cfunc_wrapper": True})  # type: ignore[call-overload]
+kernel: Any = njit(**{"cache": True, "parallel": True, "no_cfunc_wrapper": True})  # type: ignore[call-overload]
 
 
 def launch_threads() -> None:
@@ -39,6 +46,17 @@ def _reinterpret(source: Any, target: Any, llvm_type: ir.Type) -> Any:
         return builder.bitcast(arguments[0], llvm_type)
 
     return target(source), codegen
+
+
+@intrinsic
+def never_inline(typing_context):
+    """Keeps LLVM from inlining the Numba function that calls this: large bodies then compile once, not per caller."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
@@ -69,56 +87,55 @@ def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 
 @intrinsic
-def _read_raw(typing_context, array, at):
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_element(context, builder, signature, arguments))
-
-    return array.dtype(array, types.intp), codegen
-
-
-@intrinsic
-def _write_raw(typing_context, array, at, value):
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _element(context, builder, signature, arguments))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, array.dtype), codegen
-
-
-def read(array, at):
-    """In Numba code: float32 value of flat element `at` of a contiguous float32 or bfloat16 (uint16 bits) array.
+def read(typing_context, array, at):
+    """float32 value of flat element `at` of a contiguous float32 or bfloat16 (uint16 bits) array.
 
     Unlike array[at] it never wraps a negative index, whose test would stop the loop from vectorising (10x slower).
     """
-    raise NotImplementedError("for Numba code only")
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.load(_element(context, builder, signature, arguments))
+        if array.dtype != types.uint16:
+            return value
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(value, word), ir.Constant(word, 16)), ir.FloatType())
+
+    return (types.float32 if array.dtype == types.uint16 else array.dtype)(array, types.intp), codegen
 
 
-def write(array, at, value):
-    """In Numba code: flat element `at` = value, rounded to nearest even where the array holds bfloat16 bits."""
-    raise NotImplementedError("for Numba code only")
+@intrinsic
+def write(typing_context, array, at, value):
+    """Flat element `at` = value (any float), rounded to nearest even where the array holds bfloat16 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[2]
+        if array.dtype == types.uint16:
+            value = _round_to_bfloat16(builder, value)
+        builder.store(value, _element(context, builder, signature, arguments))
+        return context.get_dummy_value()
+
+    held = types.float32 if array.dtype == types.uint16 else array.dtype
+    return types.void(array, types.intp, held), codegen
 
 
-@overload(read, inline="always")
-def _read(array, at):
-    if array.dtype == types.uint16:
-        return lambda array, at: from_bfloat16(_read_raw(array, at))
-    return lambda array, at: _read_raw(array, at)
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+    magnitude = builder.and_(bits, ir.Constant(word, 0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, ir.Constant(word, 0x7F800000))
+    result = builder.select(is_nan, ir.Constant(word, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(result, ir.Constant(word, 16)), ir.IntType(16))
 
 
-@overload(write, inline="always")
-def _write(array, at, value):
-    if array.dtype == types.uint16:
-        return lambda array, at, value: _write_raw(array, at, to_bfloat16(value))
-    return lambda array, at, value: _write_raw(array, at, np.float32(value))
-
-
-@njit(inline="always")
+@njit(fastmath=FASTMATH)
 def from_bfloat16(bits):
     """uint16 bfloat16 bits -> float32, exact."""
     return bits_to_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH)
 def to_bfloat16(value):
     """float32 -> uint16 bfloat16 bits, round to nearest even; NaN stays NaN."""
     bits = float_to_bits(np.float32(value))
@@ -140,7 +157,7 @@ _E2, _E3, _E4, _E5, _E6 = (
 )
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH)
 def exp(x):
     """float32 exp, relative error below 5e-7; x is clamped to [-87, 88], so it never gives inf or 0."""
     x = np.float32(-87.0) if x < np.float32(-87.0) else x
@@ -154,7 +171,7 @@ def exp(x):
     return np.float32((np.float32(1.0) + r + tail) * scale)
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH)
 def sigmoid(x):
     """float32 1 / (1 + exp(-x)), relative error below 5e-7."""
     return divide(np.float32(1.0), np.float32(np.float32(1.0) + exp(np.float32(-x))))
@@ -172,7 +189,7 @@ _Q1, _Q2, _Q3, _Q4 = (
 )
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH)
 def tanh(x):
     """float32 tanh by one rational function, error below 4e-7; never beyond 1 in magnitude."""
     x = np.float32(-8.0) if x < np.float32(-8.0) else x
