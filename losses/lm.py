@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blocks.kernels.linear_cross_entropy import DEFAULT_CHUNK, IGNORE_INDEX, linear_cross_entropy, token_losses
+from blocks.kernels.linear_cross_entropy import AUTO_CHUNK, IGNORE_INDEX, linear_cross_entropy, token_losses
 
 
-def lm_loss_sum(final: Tensor, weight: Tensor, labels: Tensor, chunk: int = DEFAULT_CHUNK) -> tuple[Tensor, Tensor]:
+def lm_loss_sum(final: Tensor, weight: Tensor, labels: Tensor, chunk: int = AUTO_CHUNK) -> tuple[Tensor, Tensor]:
     """Summed negative log likelihood (nats) and the number of loss-bearing tokens.
 
     final (B, T, D): final-normed hidden states; weight (V, D): the output projection; labels (B, T) int64, already
@@ -16,14 +16,13 @@ def lm_loss_sum(final: Tensor, weight: Tensor, labels: Tensor, chunk: int = DEFA
     weighs what it should; a batch without labels gives a graph-connected zero. Under autocast the products run in
     its dtype.
     """
-    hidden, weight = _autocast(final.flatten(0, -2)), _autocast(weight)
     labels = labels.flatten()
-    return linear_cross_entropy(hidden, weight, labels, chunk), (labels != IGNORE_INDEX).sum()
+    return linear_cross_entropy(_autocast(final.flatten(0, -2)), weight, labels, chunk), (labels != IGNORE_INDEX).sum()
 
 
-def lm_token_losses(final: Tensor, weight: Tensor, labels: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
+def lm_token_losses(final: Tensor, weight: Tensor, labels: Tensor, chunk: int = AUTO_CHUNK) -> Tensor:
     """(B, T) negative log likelihoods in nats, 0 where ignored; no gradient. For evaluation."""
-    losses = token_losses(_autocast(final.flatten(0, -2)), _autocast(weight), labels.flatten(), chunk)
+    losses = token_losses(_autocast(final.flatten(0, -2)), weight, labels.flatten(), chunk)
     return losses.view(labels.shape)
 
 

@@ -75,7 +75,8 @@ def _store_row(target, values, factor):
 
 # The largest value of a range can only be vectorised where NaN may be ignored; one here still reaches exp itself.
 @njit(fastmath={"nnan", "nsz"}, cache=True)
-def _largest(values):
+def largest(values):
+    """The largest element of a float32 array, -inf if it is empty."""
     top = np.float32(-np.inf)
     for j in range(values.size):
         top = max(top, values[j])
@@ -110,7 +111,7 @@ def _forward_tasks(q, k, v, out, lse, bounds, tasks, n_heads, n_kv_heads, head_d
                 stop = r * n + i0 + r + 1 - low
                 begin = r * n + (max(0, i0 + r - window + 1) - low if window > 0 else 0)
                 row = s[begin:stop]
-                top = _largest(row)
+                top = largest(row)
                 total = np.float32(0)
                 for j in range(row.size):
                     row[j] = exp(row[j] - top)
