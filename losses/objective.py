@@ -183,7 +183,7 @@ class Objective:
             join=join,
         )
 
-    def _join(self, output: ModelOutput) -> GradientJoin | None:
+    def join(self, output: ModelOutput) -> GradientJoin | None:
         """The cheap way back for a training step. Compiled graphs have their own, and a placebo has none."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.is_control:
             return None
@@ -223,7 +223,7 @@ class Objective:
         if triples is None:
             return ObjectiveOutput(total, terms, lm, None, None, None, n_tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stp_weight is not None):
-            join = self._join(output)
+            join = self.join(output)
             measured = self.measure(output.hidden_states, output.final, triples, join)
             per_boundary = measured.per_boundary(stp_divisor)
             stp = per_boundary.mean()

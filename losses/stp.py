@@ -176,10 +176,10 @@ def stp_terms(
             join, join.sentinel, points, valid, weights, DEGENERATE_TOLERANCE, *states
         )
         return STPTerms(sums, weights.sum(), valid.sum(), n_degenerate)
-    losses, degenerate = row_losses(read_rows(states, points, join), form, distance, normalize, predictor)
-    # (n_boundaries, B, n); the where keeps a value of a triple that is not valid out of sum and gradient.
-    losses = torch.where(valid, losses, 0.0) * weights
-    return STPTerms(losses.sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
+    # What is not valid is read as zeros, which count as degenerate: no value of it, such as NaN in padding, gets out.
+    rows = torch.where(valid[..., None], read_rows(states, points, join), 0.0)
+    losses, degenerate = row_losses(rows, form, distance, normalize, predictor)
+    return STPTerms((losses * weights).sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
 
 
 def row_losses(

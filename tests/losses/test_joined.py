@@ -87,6 +87,40 @@ def test_equals_autograd(setup, form, boundaries):
     assert (found[0] - without[0]).norm() > 1e-3  # the term is in there
 
 
+@pytest.mark.parametrize("length_weighting", ["cosine_like", "jaccard_like"])
+def test_weighted_triples_equal_autograd(length_weighting):
+    states = [torch.randn(B, T, D, requires_grad=True) for _ in range(2)]
+    triples = draw("anchor", IDS, 6, seed=0, step=0, row_ids=torch.arange(B))
+    weights = torch.rand(B, 6)
+    found = {}
+    for join in (GradientJoin(states, [False, False]), None):
+        terms = stp_terms(states, triples, join=join, sample_weights=weights, length_weighting=length_weighting)
+        found[join is None] = [
+            terms.sums,
+            terms.divisor,
+            *torch.autograd.grad(terms.sums @ torch.tensor([1.0, 2]), states),
+        ]
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernel_counts_degenerate_triples_and_passes_on_what_is_not_finite(form):
+    constant = torch.full((B, T, D), 2.5, requires_grad=True)
+    triples = draw("anchor", IDS, 6, seed=0, step=0, row_ids=torch.arange(B))
+    terms = stp_terms([constant], triples, form=form, join=GradientJoin([constant], [False]))
+    assert terms.per_boundary().item() == 1.0 and torch.equal(terms.n_degenerate[0], terms.n_valid)
+    terms.sums.sum().backward()
+    assert torch.equal(constant.grad, torch.zeros_like(constant))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        states = [torch.randn(B, T, D) for _ in range(2)]
+        states[0][1, :, 3] = bad  # in every triple of row 1
+        states[1][0, 17:] = bad  # padding may hold anything
+        terms = stp_terms(states, triples, form=form, join=GradientJoin(states, [False, False]))
+        assert not torch.isfinite(terms.sums[0]) and torch.isfinite(terms.sums[1])
+        assert terms.n_degenerate.tolist() == [0, 0]
+
+
 def large_allocations(function, smallest):
     """Names of the operations that allocate a tensor of at least `smallest` bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -164,21 +198,31 @@ def test_gradients_that_others_hold_are_not_changed(setup, holder):
 
 
 def test_a_residual_sum_whose_inputs_share_a_gradient():
-    """hidden + x hands one tensor to both sides; changing it in place for one would change it for the other."""
+    """hidden + x hands one tensor to both sides; changing it in place for one would change it for the other, and for
+    whoever kept it on the way."""
     triples = draw("anchor", IDS, 6, seed=0, step=0, row_ids=torch.arange(B))
     source = torch.randn(B, T, D, requires_grad=True)
-    for order in (1, 2):
+    for observe in ("nothing", "hooks", "retain_grad"):
         added = [torch.randn(B, T, D, requires_grad=True) for _ in range(DEPTH)]
         found = {}
         for cheap in (True, False):
             hidden = source * 1.0
-            states = [hidden]
+            states, kept = [hidden], []
             for x in added:
-                hidden = hidden + x if order == 1 else x + hidden
+                hidden = hidden + x
                 states.append(hidden)
+            for state in states:
+                if observe == "hooks":
+                    state.register_hook(kept.append)
+                if observe == "retain_grad":
+                    state.retain_grad()
             total, _, join = total_of(states, hidden * 1.0, triples, cheap=cheap)
             assert join is None or all(join.joined)
-            found[cheap] = torch.autograd.grad(total, [source, *added])
+            for leaf in (source, *added):
+                leaf.grad = None
+            total.backward()
+            kept += [state.grad for state in states] if observe == "retain_grad" else []
+            found[cheap] = [g.clone() for g in (*kept, source.grad, *(x.grad for x in added))]
         for a, b in zip(found[True], found[False], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -208,12 +252,18 @@ def test_partial_and_repeated_backwards(setup):
         found = torch.autograd.grad(total, part, retain_graph=True)
         close(model, found, torch.autograd.grad(plain, part, retain_graph=True))
     first = gradients_keeping(model, total)
-    close(model, first, gradients_keeping(model, total))
+    for _ in range(2):
+        model.zero_grad()
+        total.backward(retain_graph=True)
+        close(model, first, [p.grad for p in model.parameters()])
     close(model, first, gradients_keeping(model, plain))
     # Two uses of the same states at once: each adds its own share.
     other, _, _ = total_of(states, final, triples, [1, 2])
     other_plain, _, _ = total_of(states, final, triples, [1, 2], cheap=False)
-    close(model, gradients_keeping(model, total + 3 * other), gradients_keeping(model, plain + 3 * other_plain))
+    expected = gradients_keeping(model, plain + 3 * other_plain)
+    model.zero_grad()
+    (total + 3 * other).backward()
+    close(model, [p.grad for p in model.parameters()], expected)
 
 
 def gradients_keeping(model, total):
@@ -230,10 +280,16 @@ def test_an_error_in_the_middle_leaves_nothing_behind(setup):
 
     handle = states[2].register_hook(fail)
     with pytest.raises(KeyError):
-        torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
+        total.backward(retain_graph=True)
     handle.remove()
     plain, _, _ = total_of(states, final, triples, cheap=False)
-    close(model, gradients_keeping(model, total), gradients_keeping(model, plain))
+    other, _, _ = total_of(*model(tokens), triples, cheap=False)
+    expected = gradients(model, other)
+    # A backward that does not come through the total must not pick up rows that the failed one left.
+    close(model, gradients_keeping(model, plain), expected)
+    model.zero_grad()
+    total.backward(retain_graph=True)
+    close(model, [p.grad for p in model.parameters()], expected)
 
 
 @pytest.mark.parametrize("fault", ["clones", "detached list", "cut stream", "cut stream, one boundary", "frozen below"])

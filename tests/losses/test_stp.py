@@ -237,6 +237,17 @@ def test_packed_documents_do_not_touch_each_other(form):
     assert float(again) == pytest.approx(float(loss), abs=1e-9)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_padding_may_hold_anything(form):
+    hidden = torch.randn(2, 8, 4)
+    hidden[1] = float("nan")
+    hidden.requires_grad_()
+    ids = torch.tensor([[0] * 8, [-1] * 8])
+    loss = compute_stp_loss(hidden, 8, form=form, document_ids=ids, generator=generator())
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all() and (hidden.grad[1] == 0).all()
+
+
 def test_positions_that_restart_are_documents():
     hidden = torch.randn(2, 20, 8)
     ids = torch.tensor([[0] * 12 + [1] * 8, [0] * 5 + [1] * 15])
