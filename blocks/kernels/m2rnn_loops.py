@@ -3,8 +3,9 @@
 A row of the state is a recurrence of its own (row i of h W reads row i of h), so four rows go through a step
 together, in registers, and hide the latency of each other's multiply-adds.
 
-All arrays are flat, contiguous float32; K is a multiple of 4 and V of 16 (callers pad with zeros, which stay zero:
-tanh(0) = 0). Element offsets end in _at.
+All arrays are flat float32; K is a multiple of 4 and V of 16 (callers pad with zeros, which stay zero: tanh(0) = 0).
+`sizes` is (B, T, N, Nq, Nk, K, V, chunk); `rows` is how many elements lie between two tokens of q, k and v, which may
+be columns of one array. Element offsets end in _at.
 """
 
 # mypy: disable-error-code="call-arg, var-annotated"
@@ -13,21 +14,28 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from blocks.kernels.numba_math import FASTMATH
+from blocks.kernels.numba_math import helper, kernel
 from blocks.kernels.numba_vector import LANES, clamp, fma, load, load_splat, splat, store, store_sums, tanh
 
 ROWS = 4
 
 
-@njit(parallel=True, cache=True)
-def sum_groups(per_head, total, members, width):
-    """per_head (tokens, groups, members, width) summed over members into total (tokens, groups, width)."""
-    for group in prange(total.size // width):
-        for i in range(width):
-            total[group * width + i] = per_head[group * members * width + i]
-        for member in range(1, members):
-            for i in range(width):
-                total[group * width + i] += per_head[(group * members + member) * width + i]
+@kernel
+def sum_groups(per_head, total, tokens, groups, members, width, kept, total_row):
+    """per_head (tokens, groups, members, width), summed over members, its first `kept` columns into rows of total."""
+    for token in prange(tokens):
+        _sum_token(np.int64(token), per_head, total, groups, members, width, kept, total_row)
+
+
+@helper
+def _sum_token(token, per_head, total, groups, members, width, kept, total_row):
+    for group in range(groups):
+        at, to = (token * groups + group) * members * width, token * total_row + group * kept
+        for i in range(kept):
+            term = np.float32(0.0)
+            for member in range(members):
+                term += per_head[at + member * width + i]
+            total[to + i] = term
 
 
 @njit(inline="always")
@@ -81,35 +89,44 @@ def _transition(h, h_at, w, k, k_at, v, v_at, forget, out, out_at, candidates, c
                 store(out, out_at + at, fma(f, load(h, h_at + at) - c, c))
 
 
-@njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-def forward(q, k, v, weight, forget, skip, starts, initial, sizes, y, checkpoints, last):
-    batch, length, n_heads, n_q, n_k, key_dim, value_dim, chunk = sizes
+@kernel
+def forward(q, k, v, weight, forget, skip, starts, initial, sizes, rows, y, checkpoints, last):
+    """y (B, T, N, V), the states that chunks start from (B, N, T / chunk, K, V) and the last one (B, N, K, V)."""
+    for task in prange(sizes[0] * sizes[2]):
+        _forward_task(
+            np.int64(task), q, k, v, weight, forget, skip, starts, initial, sizes, rows, y, checkpoints, last
+        )  # fmt: skip
+
+
+@helper
+def _forward_task(task, q, k, v, weight, forget, skip, starts, initial, sizes, rows, y, checkpoints, last):
+    length, n_heads, n_q, n_k, key_dim, value_dim, chunk = sizes[1:]
+    q_row, k_row, v_row = rows
     state_size, weight_size = key_dim * value_dim, value_dim * value_dim
     n_chunks = (length + chunk - 1) // chunk
-    for task in prange(batch * n_heads):
-        row, head = task // n_heads, task % n_heads
-        h, candidates = np.empty(2 * state_size, np.float32), np.empty(state_size, np.float32)
-        w = weight[head * weight_size : (head + 1) * weight_size]
-        _copy(initial, task * state_size, h, 0, state_size)
-        now, then = 0, state_size
-        for t in range(length):
-            token = row * length + t
-            if starts[token]:
-                _fill_zero(h, now, state_size)
-            if t % chunk == 0:
-                _copy(h, now, checkpoints, (task * n_chunks + t // chunk) * state_size, state_size)
-            q_at = (token * n_q + head * n_q // n_heads) * key_dim
-            k_at = (token * n_k + head * n_k // n_heads) * key_dim
-            v_at = (token * n_heads + head) * value_dim
-            f = forget[token * n_heads + head]
-            _transition(h, now, w, k, k_at, v, v_at, f, h, then, candidates, 0, key_dim, value_dim)
-            now, then = then, now
-            for u in range(0, value_dim, LANES):
-                total = load(skip, head * value_dim + u) * load(v, v_at + u)
-                for i in range(key_dim):
-                    total = fma(load_splat(q, q_at + i), load(h, now + i * value_dim + u), total)
-                store(y, v_at + u, total)
-        _copy(h, now, last, task * state_size, state_size)
+    row, head = task // n_heads, task % n_heads
+    h, candidates = np.empty(2 * state_size, np.float32), np.empty(state_size, np.float32)
+    w = weight[head * weight_size : (head + 1) * weight_size]
+    _copy(initial, task * state_size, h, 0, state_size)
+    now, then = 0, state_size
+    for t in range(length):
+        token = row * length + t
+        if starts[token]:
+            _fill_zero(h, now, state_size)
+        if t % chunk == 0:
+            _copy(h, now, checkpoints, (task * n_chunks + t // chunk) * state_size, state_size)
+        q_at = token * q_row + head * n_q // n_heads * key_dim
+        k_at = token * k_row + head * n_k // n_heads * key_dim
+        v_at, y_at = token * v_row + head * value_dim, (token * n_heads + head) * value_dim
+        f = forget[token * n_heads + head]
+        _transition(h, now, w, k, k_at, v, v_at, f, h, then, candidates, 0, key_dim, value_dim)
+        now, then = then, now
+        for u in range(0, value_dim, LANES):
+            total = load(skip, head * value_dim + u) * load(v, v_at + u)
+            for i in range(key_dim):
+                total = fma(load_splat(q, q_at + i), load(h, now + i * value_dim + u), total)
+            store(y, y_at + u, total)
+    _copy(h, now, last, task * state_size, state_size)
 
 
 @njit(inline="always")
@@ -129,11 +146,12 @@ def _row_backward(h, candidates, dh, x, at, q, k, f, dy, v, bound, dv, df):
     return fma(k, inner, dv), fma(d, change, df), fma(f, change, c) * dy, inner * v
 
 
-@njit(inline="always")
+@helper
 def _step_backward(
-    h, candidates, at, dh, w_t, q, q_at, k, k_at, v, dy, v_at, forget, bound, dv, dq, dk, out_at, key_dim, value_dim
-):
+    h, candidates, at, dh, w_t, q, q_at, k, k_at, v, v_at, dy, dy_at, forget, bound, dv, dq, dk, out_at, sizes
+):  # fmt: skip
     """One step back: dh from dL/dh_t (without this step's own output) to dL/dh_{t-1}. Adds to dv; returns df."""
+    key_dim, value_dim = sizes[5], sizes[6]
     f, zero = splat(forget), splat(np.float32(0.0))
     df = zero
     for i in range(0, key_dim, ROWS):
@@ -146,7 +164,7 @@ def _step_backward(
         x0 = i * value_dim
         x1, x2, x3 = x0 + value_dim, x0 + 2 * value_dim, x0 + 3 * value_dim
         for u in range(0, value_dim, LANES):
-            a, b, g = load(dy, v_at + u), load(v, v_at + u), load(dv, u)
+            a, b, g = load(dy, dy_at + u), load(v, v_at + u), load(dv, u)
             x, y = x0 + u, at + x0 + u
             g, df, q_term, k_term = _row_backward(h, candidates, dh, x, y, q0, k0, f, a, b, bound, g, df)
             dq0, dk0 = dq0 + q_term, dk0 + k_term
@@ -172,7 +190,7 @@ def _step_backward(
     return df
 
 
-@njit(inline="always")
+@helper
 def _add_weight_gradient(h, inner, rows, value_dim, dw):
     """dw += sum over `rows` of h^T inner, four rows of dw at a time."""
     for j in range(0, value_dim, 4):
@@ -192,63 +210,75 @@ def _add_weight_gradient(h, inner, rows, value_dim, dw):
             store(dw, x3, w3)
 
 
-@njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kernel
 def backward(
-    q, k, v, weight, forget, skip, starts, checkpoints, dy, dlast, limit, sizes,
+    q, k, v, weight, forget, skip, starts, checkpoints, dy, dlast, limit, sizes, rows, dv_row,
     dq, dk, dv, dweight, dforget, dskip, dinitial,
 ):  # fmt: skip
-    """dq and dk: (B, T, N, K); dweight: (B, N, V, V); dskip: (B, N, V). The others have their input's shape."""
-    batch, length, n_heads, n_q, n_k, key_dim, value_dim, chunk = sizes
+    """dq and dk: (B, T, N, K); dv: rows of dv_row elements; dweight: (B, N, V, V); dskip: (B, N, V)."""
+    for task in prange(sizes[0] * sizes[2]):
+        _backward_task(
+            np.int64(task), q, k, v, weight, forget, skip, starts, checkpoints, dy, dlast, limit, sizes, rows, dv_row,
+            dq, dk, dv, dweight, dforget, dskip, dinitial,
+        )  # fmt: skip
+
+
+@helper
+def _backward_task(
+    task, q, k, v, weight, forget, skip, starts, checkpoints, dy, dlast, limit, sizes, rows, dv_row,
+    dq, dk, dv, dweight, dforget, dskip, dinitial,
+):  # fmt: skip
+    length, n_heads, n_q, n_k, key_dim, value_dim, chunk = sizes[1:]
+    q_row, k_row, v_row = rows
     state_size, weight_size = key_dim * value_dim, value_dim * value_dim
     n_chunks = (length + chunk - 1) // chunk
-    for task in prange(batch * n_heads):
-        row, head = task // n_heads, task % n_heads
-        h = np.empty((chunk + 1) * state_size, np.float32)  # what each step of the chunk starts from
-        candidates = np.empty(chunk * state_size, np.float32)
-        dh, dv_t, dskip_t = (
-            np.empty(state_size, np.float32),
-            np.empty(value_dim, np.float32),
-            np.zeros(value_dim, np.float32),
-        )
-        w = weight[head * weight_size : (head + 1) * weight_size]
-        w_t, dw, sums = np.empty(weight_size, np.float32), np.zeros(weight_size, np.float32), np.empty(4, np.float32)
-        for i in range(value_dim):
-            for j in range(value_dim):
-                w_t[j * value_dim + i] = w[i * value_dim + j]
-        zero, bound = splat(np.float32(0.0)), splat(limit)
-        _copy(dlast, task * state_size, dh, 0, state_size)
-        for piece in range(n_chunks - 1, -1, -1):
-            first = row * length + piece * chunk
-            steps = min(chunk, length - piece * chunk)
-            _copy(checkpoints, (task * n_chunks + piece) * state_size, h, 0, state_size)
-            for s in range(steps):
-                token, at = first + s, s * state_size
-                if s > 0 and starts[token]:
-                    _fill_zero(h, at, state_size)
-                k_at = (token * n_k + head * n_k // n_heads) * key_dim
-                v_at = (token * n_heads + head) * value_dim
-                f = forget[token * n_heads + head]
-                _transition(h, at, w, k, k_at, v, v_at, f, h, at + state_size, candidates, at, key_dim, value_dim)
-            for s in range(steps - 1, -1, -1):
-                token = first + s
-                q_at = (token * n_q + head * n_q // n_heads) * key_dim
-                k_at = (token * n_k + head * n_k // n_heads) * key_dim
-                value_head = token * n_heads + head
-                v_at = value_head * value_dim
-                for u in range(0, value_dim, LANES):
-                    dy_u = load(dy, v_at + u)
-                    store(dv_t, u, load(skip, head * value_dim + u) * dy_u)
-                    store(dskip_t, u, fma(dy_u, load(v, v_at + u), load(dskip_t, u)))
-                df = _step_backward(
-                    h, candidates, s * state_size, dh, w_t, q, q_at, k, k_at, v, dy, v_at, forget[value_head], bound,
-                    dv_t, dq, dk, value_head * key_dim, key_dim, value_dim,
-                )  # fmt: skip
-                store_sums(sums, 0, df, zero, zero, zero)
-                dforget[value_head] = sums[0]
-                _copy(dv_t, 0, dv, v_at, value_dim)
-                if starts[token]:
-                    _fill_zero(dh, 0, state_size)
-            _add_weight_gradient(h, candidates, steps * key_dim, value_dim, dw)
-        _copy(dh, 0, dinitial, task * state_size, state_size)
-        _copy(dw, 0, dweight, task * weight_size, weight_size)
-        _copy(dskip_t, 0, dskip, task * value_dim, value_dim)
+    row, head = task // n_heads, task % n_heads
+    h = np.empty((chunk + 1) * state_size, np.float32)  # what each step of the chunk starts from
+    candidates = np.empty(chunk * state_size, np.float32)
+    dh, dv_t, dskip_t = (
+        np.empty(state_size, np.float32),
+        np.empty(value_dim, np.float32),
+        np.zeros(value_dim, np.float32),
+    )
+    w = weight[head * weight_size : (head + 1) * weight_size]
+    w_t, dw, sums = np.empty(weight_size, np.float32), np.zeros(weight_size, np.float32), np.empty(4, np.float32)
+    for i in range(value_dim):
+        for j in range(value_dim):
+            w_t[j * value_dim + i] = w[i * value_dim + j]
+    zero, bound = splat(np.float32(0.0)), splat(limit)
+    _copy(dlast, task * state_size, dh, 0, state_size)
+    for piece in range(n_chunks - 1, -1, -1):
+        first = row * length + piece * chunk
+        steps = min(chunk, length - piece * chunk)
+        _copy(checkpoints, (task * n_chunks + piece) * state_size, h, 0, state_size)
+        for s in range(steps):
+            token, at = first + s, s * state_size
+            if s > 0 and starts[token]:
+                _fill_zero(h, at, state_size)
+            k_at = token * k_row + head * n_k // n_heads * key_dim
+            v_at = token * v_row + head * value_dim
+            f = forget[token * n_heads + head]
+            _transition(h, at, w, k, k_at, v, v_at, f, h, at + state_size, candidates, at, key_dim, value_dim)
+        for s in range(steps - 1, -1, -1):
+            token = first + s
+            q_at = token * q_row + head * n_q // n_heads * key_dim
+            k_at = token * k_row + head * n_k // n_heads * key_dim
+            value_head = token * n_heads + head
+            v_at, y_at = token * v_row + head * value_dim, value_head * value_dim
+            for u in range(0, value_dim, LANES):
+                dy_u = load(dy, y_at + u)
+                store(dv_t, u, load(skip, head * value_dim + u) * dy_u)
+                store(dskip_t, u, fma(dy_u, load(v, v_at + u), load(dskip_t, u)))
+            df = _step_backward(
+                h, candidates, s * state_size, dh, w_t, q, q_at, k, k_at, v, v_at, dy, y_at, forget[value_head], bound,
+                dv_t, dq, dk, value_head * key_dim, sizes,
+            )  # fmt: skip
+            store_sums(sums, 0, df, zero, zero, zero)
+            dforget[value_head] = sums[0]
+            _copy(dv_t, 0, dv, token * dv_row + head * value_dim, value_dim)
+            if starts[token]:
+                _fill_zero(dh, 0, state_size)
+        _add_weight_gradient(h, candidates, steps * key_dim, value_dim, dw)
+    _copy(dh, 0, dinitial, task * state_size, state_size)
+    _copy(dw, 0, dweight, task * weight_size, weight_size)
+    _copy(dskip_t, 0, dskip, task * value_dim, value_dim)

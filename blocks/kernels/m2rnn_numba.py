@@ -25,34 +25,53 @@ def forward(inputs: Inputs, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     padded = _pad(inputs)
     sizes = _sizes(padded, chunk)
     n_chunks = -(-sizes[1] // chunk)
-    y, last = torch.empty_like(padded.v), torch.empty_like(padded.initial_state)
+    y, last = padded.v.new_empty(padded.v.shape), padded.initial_state.new_empty(padded.initial_state.shape)
     checkpoints = last.new_empty(*last.shape[:2], n_chunks, *last.shape[2:])
     launch_threads()
-    arrays = (padded.q, padded.k, padded.v, padded.weight, padded.forget, padded.skip, padded.starts)
-    m2rnn_loops.forward(*map(_flat, (*arrays, padded.initial_state)), sizes, *map(_flat, (y, checkpoints, last)))
+    arrays = (padded.weight, padded.forget, padded.skip, padded.starts, padded.initial_state)
+    columns, rows = _columns(padded)
+    m2rnn_loops.forward(*columns, *map(_flat, arrays), sizes, rows, *map(_flat, (y, checkpoints, last)))
     return _trim(y, value_dim), _trim(last, key_dim, value_dim), _trim(checkpoints, key_dim, value_dim)
 
 
 def backward(
-    inputs: Inputs, checkpoints: Tensor, dy: Tensor, dlast: Tensor, limit: float, chunk: int
+    inputs: Inputs,
+    checkpoints: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+    limit: float,
+    chunk: int,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, weight, forget, skip and initial_state; limit bounds every element of dL/dh_t."""
+    """Gradients of q, k, v, weight, forget, skip and initial_state; limit bounds every element of dL/dh_t.
+
+    The first three are written into `into` where it is given: float32, shaped as q, k and v, columns of one array.
+    """
     key_dim, value_dim = inputs.initial_state.shape[2:]
     padded = _pad(inputs)
     sizes = _sizes(padded, chunk)
     batch, length, n_heads = padded.forget.shape
-    dq, dk = (padded.q.new_empty(batch, length, n_heads, padded.q.shape[3]) for _ in range(2))
-    dv, dforget, dinitial = (torch.empty_like(t) for t in (padded.v, padded.forget, padded.initial_state))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (inputs.q, inputs.k, inputs.v)) if into is None else into
+    padded_dv = dv if value_dim == padded.v.shape[3] else torch.empty_like(padded.v)
+    dq_heads, dk_heads = (padded.q.new_empty(batch, length, n_heads, padded.q.shape[3]) for _ in range(2))
+    dforget, dinitial = torch.empty_like(padded.forget), torch.empty_like(padded.initial_state)
     dweight, dskip = (t.new_empty(batch, *t.shape) for t in (padded.weight, padded.skip))
-    arrays = (padded.q, padded.k, padded.v, padded.weight, padded.forget, padded.skip, padded.starts)
+    columns, rows = _columns(padded)
+    arrays = (padded.weight, padded.forget, padded.skip, padded.starts)
     given = (_pad_matrix(checkpoints, ROWS), _pad_last(dy, LANES), _pad_matrix(dlast, ROWS))
-    gradients = (dq, dk, dv, dweight, dforget, dskip, dinitial)
     launch_threads()
-    m2rnn_loops.backward(*map(_flat, (*arrays, *given)), np.float32(limit), sizes, *map(_flat, gradients))
+    m2rnn_loops.backward(
+        *columns, *map(_flat, (*arrays, *given)), np.float32(limit), sizes, rows, padded_dv.stride(1),
+        _flat(dq_heads), _flat(dk_heads), _token_rows(padded_dv), *map(_flat, (dweight, dforget, dskip, dinitial)),
+    )  # fmt: skip
+    if padded_dv is not dv:
+        dv.copy_(padded_dv[..., :value_dim])
+    _sum_groups(dq_heads, dq)
+    _sum_groups(dk_heads, dk)
     return (
-        _trim(_grouped(dq, padded.q), key_dim),
-        _trim(_grouped(dk, padded.k), key_dim),
-        _trim(dv, value_dim),
+        dq,
+        dk,
+        dv,
         _trim(dweight.sum(dim=0), value_dim, value_dim),
         dforget,
         _trim(dskip.sum(dim=0), value_dim),
@@ -71,10 +90,40 @@ def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.view(-1).numpy()
 
 
+def _are_token_rows(tensor: Tensor) -> bool:
+    """(B, T, G, K) whose tokens are evenly spaced in memory, each contiguous."""
+    batch_stride, row, *inner = tensor.stride()
+    _, length, _, width = tensor.shape
+    return inner == [width, 1] and (batch_stride == length * row or tensor.shape[0] == 1) and row >= width
+
+
+def _token_rows(tensor: Tensor) -> np.ndarray:
+    """The memory of such a tensor from its first element to its last, never a copy."""
+    batch, length, groups, width = tensor.shape
+    return tensor.as_strided(((batch * length - 1) * tensor.stride(1) + groups * width,), (1,)).numpy()
+
+
+def _columns(padded: Inputs) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """q, k and v as flat arrays, and the elements between two tokens of each."""
+    tensors = (padded.q, padded.k, padded.v)
+    return [_token_rows(t) for t in tensors], tuple(t.stride(1) for t in tensors)
+
+
+def _sum_groups(per_head: Tensor, total: Tensor) -> None:
+    """per_head (B, T, N, K) into total (B, T, G, K): the sum over the value heads that share one head."""
+    batch, length, groups, key_dim = total.shape
+    members, padded_dim = per_head.shape[2] // groups, per_head.shape[3]
+    m2rnn_loops.sum_groups(
+        _flat(per_head), _token_rows(total), batch * length, groups, members, padded_dim, key_dim, total.stride(1)
+    )
+
+
 def _pad_last(tensor: Tensor, multiple: int) -> Tensor:
-    """Zeros behind the last dimension up to a multiple; contiguous."""
+    """Zeros behind the last dimension up to a multiple; contiguous, or evenly spaced tokens as they came."""
     missing = -tensor.shape[-1] % multiple
-    return F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+    if missing:
+        return F.pad(tensor, (0, missing)).contiguous()
+    return tensor if tensor.dim() == 4 and _are_token_rows(tensor) else tensor.contiguous()
 
 
 def _pad_matrix(matrix: Tensor, rows: int) -> Tensor:
@@ -84,8 +133,8 @@ def _pad_matrix(matrix: Tensor, rows: int) -> Tensor:
 
 def _pad(inputs: Inputs) -> Inputs:
     weight, state = _pad_matrix(inputs.weight, LANES), _pad_matrix(inputs.initial_state, ROWS)
-    q, k = _pad_last(inputs.q, ROWS), _pad_last(inputs.k, ROWS)
-    v, skip = _pad_last(inputs.v, LANES), _pad_last(inputs.skip, LANES)
+    q, k, v = (_pad_last(t, m) for t, m in ((inputs.q, ROWS), (inputs.k, ROWS), (inputs.v, LANES)))
+    skip = _pad_last(inputs.skip, LANES)
     return Inputs(q, k, v, weight, inputs.forget.contiguous(), skip, inputs.starts.contiguous(), state)
 
 
