@@ -66,7 +66,7 @@ def with_gradients(form, ids, tensors, kind, cotangent):
 
 
 def assert_close(fast, exact, cotangent, tolerance):
-    """y, dx, dweights, dup, ddown; dweights are dot products, whose terms may cancel: measured against their factors."""
+    """y, dx, dweights, dup, ddown; dweights are dot products whose terms may cancel: measured against their factors."""
     factors = cotangent.double().norm() * exact[0].norm() / len(cotangent) ** 0.5
     for name, a, b in zip(("y", "dx", "dweights", "dup", "ddown"), fast, exact, strict=True):
         scale = max(b.norm(), factors) if name == "dweights" else b.norm()
