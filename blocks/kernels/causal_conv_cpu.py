@@ -68,11 +68,20 @@ def convolve_token(out, out_at, x, x_at, x_row, weight, bias, channels, first, c
 def convolve_tile(out, out_row, x, x_at, x_row, weight, bias, channels, first, count, taps, n):
     """silu of the convolution at n tokens into float32 scratch; rows up to the next multiple of 16 become zero."""
     never_inline()
+    w0, w1, w2, w3 = first, channels + first, 2 * channels + first, 3 * channels + first
     for i in range(n):
-        convolve_token(out, i * out_row, x, x_at + i * x_row, x_row, weight, bias, channels, first, count, taps[i])
-        for c in range(count):
-            value = read(out, i * out_row + c)
-            write(out, i * out_row + c, value * sigmoid(value))
+        at, to = x_at + i * x_row, i * out_row
+        if taps[i] == TAPS - 1:
+            for c in range(count):
+                total = read(bias, first + c) + read(weight, w3 + c) * read(x, at + c)
+                total += read(weight, w2 + c) * read(x, at - x_row + c)
+                total += read(weight, w1 + c) * read(x, at - 2 * x_row + c)
+                total += read(weight, w0 + c) * read(x, at - 3 * x_row + c)
+                write(out, to + c, total * sigmoid(total))
+        else:
+            convolve_token(out, to, x, at, x_row, weight, bias, channels, first, count, taps[i])
+            for c in range(count):
+                write(out, to + c, read(out, to + c) * sigmoid(read(out, to + c)))
     out[n * out_row : (n + 15) // 16 * 16 * out_row] = 0
 
 

@@ -224,7 +224,8 @@ def record_routing(rows: Tensor, scores: Tensor, counts: Tensor, entropy: Tensor
     if torch._C._current_graph_task_id() != -1:
         return
     p = scores / scores.sum(-1, keepdim=True)
-    entropy += torch.stack((torch.special.entr(p).sum(), torch.tensor(scores.shape[0], device=scores.device)))
+    entropy[0] += torch.special.entr(p).sum()
+    entropy[1] += scores.shape[0]
     counts += rows
 
 

@@ -57,12 +57,13 @@ def backward(
     dforget, dinitial = torch.empty_like(padded.forget), torch.empty_like(padded.initial_state)
     dweight, dskip = (t.new_empty(batch, *t.shape) for t in (padded.weight, padded.skip))
     columns, rows = _columns(padded)
+    dv_array, dv_row = _token_rows(padded_dv)
     arrays = (padded.weight, padded.forget, padded.skip, padded.starts)
     given = (_pad_matrix(checkpoints, ROWS), _pad_last(dy, LANES), _pad_matrix(dlast, ROWS))
     launch_threads()
     m2rnn_loops.backward(
-        *columns, *map(_flat, (*arrays, *given)), np.float32(limit), sizes, rows, padded_dv.stride(1),
-        _flat(dq_heads), _flat(dk_heads), _token_rows(padded_dv), *map(_flat, (dweight, dforget, dskip, dinitial)),
+        *columns, *map(_flat, (*arrays, *given)), np.float32(limit), sizes, rows, dv_row,
+        _flat(dq_heads), _flat(dk_heads), dv_array, *map(_flat, (dweight, dforget, dskip, dinitial)),
     )  # fmt: skip
     if padded_dv is not dv:
         dv.copy_(padded_dv[..., :value_dim])
@@ -90,32 +91,37 @@ def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.view(-1).numpy()
 
 
-def _are_token_rows(tensor: Tensor) -> bool:
-    """(B, T, G, K) whose tokens are evenly spaced in memory, each contiguous."""
-    batch_stride, row, *inner = tensor.stride()
-    _, length, _, width = tensor.shape
-    return inner == [width, 1] and (batch_stride == length * row or tensor.shape[0] == 1) and row >= width
-
-
-def _token_rows(tensor: Tensor) -> np.ndarray:
-    """The memory of such a tensor from its first element to its last, never a copy."""
+def _token_stride(tensor: Tensor) -> int | None:
+    """(B, T, G, K): elements between two tokens if they are evenly spaced and each contiguous, else None."""
     batch, length, groups, width = tensor.shape
-    return tensor.as_strided(((batch * length - 1) * tensor.stride(1) + groups * width,), (1,)).numpy()
+    strides = tensor.stride()  # those of dimensions of size one mean nothing
+    row = strides[1] if length > 1 else strides[0] if batch > 1 else groups * width
+    even = batch == 1 or length == 1 or strides[0] == length * row
+    whole = (width == 1 or strides[3] == 1) and (groups == 1 or strides[2] == width)
+    return row if even and whole and row >= groups * width else None
+
+
+def _token_rows(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """The memory of such a tensor from its first element to its last, never a copy, and the stride of its tokens."""
+    batch, length, groups, width = tensor.shape
+    row = _token_stride(tensor)
+    if row is None:
+        raise ValueError(f"m2rnn: tokens of a {tuple(tensor.shape)} with strides {tensor.stride()} are not rows")
+    return tensor.as_strided(((batch * length - 1) * row + groups * width,), (1,)).numpy(), row
 
 
 def _columns(padded: Inputs) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """q, k and v as flat arrays, and the elements between two tokens of each."""
-    tensors = (padded.q, padded.k, padded.v)
-    return [_token_rows(t) for t in tensors], tuple(t.stride(1) for t in tensors)
+    arrays, rows = zip(*(_token_rows(t) for t in (padded.q, padded.k, padded.v)), strict=True)
+    return list(arrays), rows
 
 
 def _sum_groups(per_head: Tensor, total: Tensor) -> None:
     """per_head (B, T, N, K) into total (B, T, G, K): the sum over the value heads that share one head."""
     batch, length, groups, key_dim = total.shape
     members, padded_dim = per_head.shape[2] // groups, per_head.shape[3]
-    m2rnn_loops.sum_groups(
-        _flat(per_head), _token_rows(total), batch * length, groups, members, padded_dim, key_dim, total.stride(1)
-    )
+    array, row = _token_rows(total)
+    m2rnn_loops.sum_groups(_flat(per_head), array, batch * length, groups, members, padded_dim, key_dim, row)
 
 
 def _pad_last(tensor: Tensor, multiple: int) -> Tensor:
@@ -123,7 +129,7 @@ def _pad_last(tensor: Tensor, multiple: int) -> Tensor:
     missing = -tensor.shape[-1] % multiple
     if missing:
         return F.pad(tensor, (0, missing)).contiguous()
-    return tensor if tensor.dim() == 4 and _are_token_rows(tensor) else tensor.contiguous()
+    return tensor if tensor.dim() == 4 and _token_stride(tensor) is not None else tensor.contiguous()
 
 
 def _pad_matrix(matrix: Tensor, rows: int) -> Tensor:

@@ -33,7 +33,7 @@ from blocks.kernels.ssd_tiles import (
     weighted_columns,
 )
 
-MIN_TASKS = 16  # heads are cut into slabs until there are so many tasks: more would repeat the work on B and C
+MIN_TASKS = 8  # heads are cut into slabs until there are so many tasks; every slab repeats the work on B and C
 
 
 def slabs_per_group(batch: int, n_groups: int, heads_per_group: int) -> int:
@@ -169,7 +169,7 @@ def _backward_task(
     dY, dY_T = scratch(chunk, width), scratch(width, chunk)
     B, B_T, B_out, dB = scratch(chunk, depth), scratch(depth, chunk), scratch(chunk, depth), scratch(chunk, depth)
     C, C_T, C_in = scratch(chunk, depth), scratch(depth, chunk), scratch(chunk, depth)
-    dB_T, dC_T, mix = scratch(depth, chunk), scratch(depth, chunk), scratch(depth, chunk)
+    dB_T, dC, dC_T, mix = scratch(depth, chunk), scratch(chunk, depth), scratch(depth, chunk), scratch(depth, chunk)
     G_T, L_T, W_T = scratch(chunk, chunk), scratch(chunk, chunk), scratch(chunk, chunk)
     dG_T, dW_T = scratch(chunk, chunk), scratch(chunk, chunk)
     step, log_sum, from_start, to_end = scratch(1, chunk), scratch(1, chunk), scratch(1, chunk), scratch(1, chunk)
@@ -203,7 +203,7 @@ def _backward_task(
             d_log[:] = 0
             pair_product(dW_T, chunk, X, width, dY_T, ends, n, P)
             dD[i] += pair_weights_backward(dG_T, dW_T, L_T, G_T, chunk, step, n, ends, d_step, d_log)
-            apply_weights_backward(grad_X, W_T, dY, chunk, width, n, ends)
+            apply_weights_backward(grad_X, W_T, dY, chunk, width, n, ends, fresh)
             if index + 1 < n_chunks:  # what this chunk gave to the state after it
                 begin = last_start // 16 * 16
                 transpose(X_T, chunk, X, width, padded(n), P)
@@ -238,16 +238,14 @@ def _backward_task(
                 total = d_log[k] + (total if k + 1 < n and ends[k] == ends[k + 1] else np.float32(0.0))
                 dA[i] += total * step[k]
                 grad_dt[dt_at + k * n_heads] = d_step[k] + total * A[head]
-        product(dC_T, zero, chunk, B, zero, one, depth, dG_T, zero, chunk, depth, padded(n), n, add)
-        product(dB, zero, depth, dG_T, zero, chunk, one, C, zero, depth, padded(n), depth, n, fresh)
+        transpose(dB, depth, dB_T, chunk, depth, padded(n))
+        apply_weights_backward(dB, dG_T, C, chunk, depth, n, ends, add)
+        transpose(dC, depth, dC_T, chunk, depth, padded(n))
+        apply_weights(dC, dG_T, B, chunk, depth, n, ends, n)
         out_row = 2 * n_groups * N
         out_at = ((slab * batch + row) * length + start) * out_row + group * N
-        transpose(B_out, depth, dB_T, chunk, depth, padded(n))
-        for k in range(padded(n) * depth):
-            dB[k] += B_out[k]
         store_rows(grad_BC, out_at, out_row, dB, depth, n, N)
-        transpose(B_out, depth, dC_T, chunk, depth, padded(n))
-        store_rows(grad_BC, out_at + n_groups * N, out_row, B_out, depth, n, N)
+        store_rows(grad_BC, out_at + n_groups * N, out_row, dC, depth, n, N)
     for i in range(heads):
         grad_A[row * n_heads + first_head + i] = dA[i]
         grad_D[row * n_heads + first_head + i] = dD[i]

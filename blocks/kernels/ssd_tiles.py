@@ -55,12 +55,12 @@ def apply_weights(y, W_T, x, size, width, n, ends, carried):
 
 
 @helper
-def apply_weights_backward(grad_x, W_T, grad_y, size, width, n, ends):
-    """grad_x[k] = sum_q W_T[k, q] grad_y[q]."""
+def apply_weights_backward(grad_x, W_T, grad_y, size, width, n, ends, keep):
+    """grad_x[k] = sum_q W_T[k, q] grad_y[q], or += with keep."""
     never_inline()
     for k in range(0, n, 4):
         at, depth = k * size + k, ends[min(k + 3, n - 1)] - k
-        matmul(grad_x, k * width, width, W_T, at, size, 1, grad_y, k * width, width, 4, width, depth, False)
+        matmul(grad_x, k * width, width, W_T, at, size, 1, grad_y, k * width, width, 4, width, depth, keep)
 
 
 @helper
