@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blocks.kernels.causal_conv import causal_conv
 from blocks.kernels.gated_norm import gated_norm
 from blocks.kernels.m2rnn import m2rnn
+from blocks.kernels.m2rnn_mixer import M2RNNShape, forget_gate, m2rnn_mixer
 from errors import require, require_number
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class M2RNNConfig:
 
 
 class M2RNN(nn.Module):
-    """Rows of in_proj.weight in order: q, k, v (these three through the convolution), forget logits, output gate.
+    """Rows of in_proj.weight in order: output gate, q, k, v (these three through the convolution), forget logits.
 
     Gates, state and norm are computed in float32 (float64 in a float64 model), whatever the autocast dtype.
     """
@@ -73,9 +73,16 @@ class M2RNN(nn.Module):
         self.config = config
         self.n_heads = n_heads = config.n_heads or d_model // config.value_dim
         inner = n_heads * config.value_dim
-        self.qkv_splits = [config.n_q_heads * config.key_dim, config.n_k_heads * config.key_dim, inner]
-        self.conv_dim = sum(self.qkv_splits)
-        self.splits = [self.conv_dim, n_heads, inner]
+        self.conv_dim = (config.n_q_heads + config.n_k_heads) * config.key_dim + inner
+        self.splits = [inner, self.conv_dim, n_heads]
+        self.shape = M2RNNShape(
+            config.key_dim,
+            config.value_dim,
+            config.n_q_heads,
+            config.n_k_heads,
+            config.norm_eps,
+            config.gradient_clip,
+        )
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=False)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, config.d_conv, groups=self.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
@@ -111,28 +118,13 @@ class M2RNN(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        qkv, forget, gate = self.in_proj(x).split(self.splits, dim=-1)
-        qkv = causal_conv(qkv, self.conv1d.weight[:, 0], self.conv1d.bias, context.segment_ids)  # type: ignore[arg-type]
-        q, k, v = self._heads(qkv)
-        forget, limit = self._forget_gate(forget), self.config.gradient_clip
-        y, _ = m2rnn(q, k, v, self.state_weight, forget, self.D, context.starts, gradient_clip=limit)
-        return self._output(rearrange(y, "b t n v -> b t (n v)"), gate)
+        parameters = (self.dt_bias, self.A_log, self.D, self.state_weight, self.norm.weight)
+        y = m2rnn_mixer(self.in_proj(x), *self._taps(), *parameters, context.segment_ids, context.starts, self.shape)
+        return self.out_proj(y)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (..., C) -> q (..., Nq, K), k (..., Nk, K), v (..., N, V)."""
-        q, k, v = qkv.split(self.qkv_splits, dim=-1)
-        key_dim, value_dim = self.config.key_dim, self.config.value_dim
-        return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
-
-    def _forget_gate(self, logits: Tensor) -> Tensor:
-        """logits (..., N) -> f in (0, 1), at least float32."""
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        dt = F.softplus(logits.to(wide) + self.dt_bias.to(wide))
-        return torch.exp(-self.A_log.to(wide).exp() * dt)
-
-    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """y and gate (..., N V) -> (..., D)."""
-        return self.out_proj(gated_norm(y, gate, self.norm.weight, 1, self.config.norm_eps))
+    def _taps(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, d_conv) and bias (C,) of the convolution."""
+        return self.conv1d.weight[:, 0], self.conv1d.bias  # type: ignore[return-value]
 
     def init_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
         """conv (B, C, d_conv - 1): the last inputs of the convolution; state (B, N, K, V). Both zero."""
@@ -145,13 +137,14 @@ class M2RNN(nn.Module):
 
     def step(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, D) -> (B, D) and the next state; the given one is left as it is."""
-        qkv, forget, gate = self.in_proj(x).split(self.splits, dim=-1)
+        gate, qkv, logits = self.in_proj(x).split(self.splits, dim=-1)
         window = torch.cat([state["conv"], qkv.to(state["conv"].dtype)[..., None]], dim=-1)  # (B, C, d_conv)
-        mixed = F.silu((window * self.conv1d.weight[:, 0]).sum(dim=-1) + self.conv1d.bias).to(qkv.dtype)  # type: ignore[operator]
-        q, k, v = (t[:, None] for t in self._heads(mixed))  # one token long
-        forget = self._forget_gate(forget)[:, None]
+        weight, bias = self._taps()
+        q, k, v = (t[:, None] for t in self.shape.split(F.silu((window * weight).sum(dim=-1) + bias)))  # one token long
+        forget = forget_gate(logits, self.dt_bias, self.A_log)[0][:, None]
         y, hidden = m2rnn(q, k, v, self.state_weight, forget, self.D, initial_state=state["state"])
-        return self._output(rearrange(y, "b 1 n v -> b (n v)"), gate), {"conv": window[..., 1:], "state": hidden}
+        y = gated_norm(rearrange(y, "b 1 n v -> b (n v)"), gate, self.norm.weight, 1, self.config.norm_eps)
+        return self.out_proj(y), {"conv": window[..., 1:], "state": hidden}
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Projections, and per head h W, k v^T and q^T h: the same at any length."""

@@ -52,7 +52,7 @@ def backward(
     sizes = _sizes(padded, chunk)
     batch, length, n_heads = padded.forget.shape
     dq, dk, dv = (t.new_empty(t.shape) for t in (inputs.q, inputs.k, inputs.v)) if into is None else into
-    padded_dv = dv if value_dim == padded.v.shape[3] else torch.empty_like(padded.v)
+    padded_dv = dv if value_dim == padded.v.shape[3] else padded.v.new_empty(padded.v.shape)
     dq_heads, dk_heads = (padded.q.new_empty(batch, length, n_heads, padded.q.shape[3]) for _ in range(2))
     dforget, dinitial = torch.empty_like(padded.forget), torch.empty_like(padded.initial_state)
     dweight, dskip = (t.new_empty(batch, *t.shape) for t in (padded.weight, padded.skip))
@@ -149,10 +149,3 @@ def _trim(tensor: Tensor, *last: int) -> Tensor:
     for dim, size in zip(range(-len(last), 0), last, strict=True):
         tensor = tensor.narrow(dim, 0, size)
     return tensor.contiguous()
-
-
-def _grouped(per_head: Tensor, like: Tensor) -> Tensor:
-    """(B, T, N, K) -> (B, T, G, K) of like: each the sum over the value heads that share one head."""
-    total = torch.empty_like(like)
-    m2rnn_loops.sum_groups(_flat(per_head), _flat(total), per_head.shape[2] // like.shape[2], like.shape[3])
-    return total
