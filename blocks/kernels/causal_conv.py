@@ -1,25 +1,59 @@
-"""Depthwise causal convolution with SiLU that never reads across a document boundary."""
+"""Depthwise causal convolution with SiLU that never reads across a document boundary.
+
+On CUDA `causal_conv1d_fn` of causal-conv1d where it imports (unmeasured: no GPU has run it here yet); else K shifted
+sums in plain torch. On a CPU the M and R blocks run it inside their fused Numba kernels (causal_conv_cpu.py).
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-REFERENCE = "shifted sums (torch)"
+REFERENCE = "shifted sums in plain torch"
+CUDA_KERNEL = "causal_conv1d"
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_STRIDE = 8  # the kernel wants rows of a multiple of so many channels
+
+
+@functools.cache
+def cuda_kernel() -> tuple[Callable[..., Tensor] | None, str]:
+    """`causal_conv1d_fn`, or None and why it does not import. Tried once, only when asked."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except Exception as reason:  # a build for another torch or CUDA raises whatever it likes
+        return None, f"{type(reason).__name__}: {reason}"
+    return causal_conv1d_fn, "imported"
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `causal_conv` runs for this device and dtype."""
-    return REFERENCE
+    if device.type != "cuda" or dtype not in CUDA_DTYPES:
+        return REFERENCE
+    kernel, reason = cuda_kernel()
+    return CUDA_KERNEL if kernel is not None else f"{REFERENCE} (causal_conv1d: {reason})"
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segment_ids: Tensor) -> Tensor:
     """silu(bias + sum_k weight[:, k] x[t - K + 1 + k]) over the tokens of t's own segment.
 
-    x (B, T, C); weight (C, K); bias (C,); segment_ids (B, T) int32 -> (B, T, C) in x's dtype.
+    x (B, T, C); weight (C, K), K from 2 to 4 on CUDA; bias (C,); segment_ids (B, T) int32 -> (B, T, C) in x's dtype.
     """
-    return causal_conv_reference(x, weight, bias, segment_ids)
+    if kernel_name(x.device, x.dtype) != CUDA_KERNEL:
+        return causal_conv_reference(x, weight, bias, segment_ids)
+    kernel, _ = cuda_kernel()
+    assert kernel is not None
+    channels = x.shape[-1]
+    pad = -channels % CUDA_STRIDE
+    rows = rearrange(F.pad(x, (0, pad)).contiguous(), "b t c -> b c t")  # channels stay the fastest axis
+    y = kernel(
+        rows, F.pad(weight, (0, 0, 0, pad)), F.pad(bias, (0, pad)), seq_idx=segment_ids.contiguous(), activation="silu"
+    )
+    return rearrange(y, "b c t -> b t c")[..., :channels]
 
 
 def causal_conv_reference(x: Tensor, weight: Tensor, bias: Tensor, segment_ids: Tensor) -> Tensor:

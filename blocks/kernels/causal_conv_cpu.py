@@ -85,28 +85,6 @@ def convolve_tile(out, out_row, x, x_at, x_row, weight, bias, channels, first, c
     out[n * out_row : (n + 15) // 16 * 16 * out_row] = 0
 
 
-@kernel
-def convolve(out, x, weight, bias, segments, batch, length, channels):
-    """out (batch, length, channels) = silu(convolution of x)."""
-    blocks = (length + BLOCK - 1) // BLOCK
-    for task in prange(batch * blocks):
-        _convolve_block(np.int64(task), out, x, weight, bias, segments, batch, length, channels)
-
-
-@helper
-def _convolve_block(task, out, x, weight, bias, segments, batch, length, channels):
-    blocks = (length + BLOCK - 1) // BLOCK
-    row_at, start = task // blocks * length, task % blocks * BLOCK
-    scratch = np.empty(channels, np.float32)
-    for t in range(start, min(start + BLOCK, length)):
-        at = (row_at + t) * channels
-        convolve_token(
-            scratch, 0, x, at, channels, weight, bias, channels, 0, channels, taps_before(segments, row_at, t)
-        )
-        for c in range(channels):
-            write(out, at + c, read(scratch, c) * sigmoid(read(scratch, c)))
-
-
 @helper
 def _pull_back(pre, at, gradient, gradient_at, channels, slabs, slab_stride):
     """pre[c] = the pre-activation at `at` becomes its gradient, from that of silu's output summed over slabs."""

@@ -1,32 +1,32 @@
-"""What stands between the two projections of Mamba-2, in one: convolution, SSD, output gate and norm.
+"""What stands between the two projections of Mamba-2: convolution, SSD, output gate and norm.
 
 Forms, picked by `mamba2_inner` from device and dtype:
-- CPU, float32 and bfloat16: `amer::mamba2_inner`, Numba, one pass for the scan with its convolution and one for the
-  gated norm, each way. Saves the projection, y and the states between chunks; recomputes the rest.
-- float64, and devices without a kernel: `mamba2_inner_reference`, the plain torch forms one after another.
+- CPU, float32 and bfloat16: `amer::mamba2_inner` (mamba2_cpu.py), Numba, one pass for the scan with its convolution and
+  one for the gated norm, each way.
+- elsewhere: `causal_conv`, `ssd` and `gated_norm` one after another, each of which picks its own kernel: those of
+  causal-conv1d and mamba-ssm on CUDA where they import (unmeasured here: no GPU has run them yet), else plain torch.
+- float64 on a CPU: plain torch, `mamba2_inner_reference`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from blocks.kernels.causal_conv import causal_conv_reference
-from blocks.kernels.causal_conv_cpu import convolve_backward, four_taps
-from blocks.kernels.gated_norm import gated_norm_reference
-from blocks.kernels.gated_norm_cpu import gated_norm_backward, gated_norm_forward
-from blocks.kernels.numba_math import as_numpy, launch_threads
-from blocks.kernels.ssd import ssd_reference
-from blocks.kernels.ssd_cpu import scan_backward, scan_forward, slabs_per_group
+from blocks.kernels import causal_conv, mamba2_cpu, ssd
+from blocks.kernels.gated_norm import gated_norm
+from errors import PreflightError
 
 CPU_KERNEL = "fused Mamba-2 scan (Numba CPU)"
-REFERENCE = "Mamba-2 scan in plain torch"
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+# Relative error of the start-up check. float32: GPUs may multiply in TF32 (10 bits).
+CHECK_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Mamba2Shape:
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `mamba2_inner` runs for this device and dtype."""
-    return CPU_KERNEL if device.type == "cpu" and dtype in CPU_DTYPES else REFERENCE
+    if device.type == "cpu" and dtype in CPU_DTYPES:
+        return CPU_KERNEL
+    return f"{ssd.kernel_name(device, dtype)}; convolution: {causal_conv.kernel_name(device, dtype)}"
 
 
 def mamba2_inner(
@@ -61,13 +63,13 @@ def mamba2_inner(
     conv_weight (H P + 2 G N, K), K <= 4; conv_bias; dt_bias, A_log and D (H,); norm_weight (H P,); segment_ids (B, T).
     The result has the dtype of zxbcdt; decays, dt, the state and the norm are at least float32.
     """
-    arguments = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, segment_ids)
-    if kernel_name(zxbcdt.device, zxbcdt.dtype) == REFERENCE:
-        return mamba2_inner_reference(*arguments, shape)
-    wide = [t.float() for t in arguments[1:7]]
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if kernel_name(zxbcdt.device, zxbcdt.dtype) != CPU_KERNEL:
+        return _one_after_another(zxbcdt, *parameters, segment_ids, shape, causal_conv.causal_conv, ssd.ssd)
+    wide = [t.float() for t in parameters]
     sizes = (shape.head_dim, shape.d_state, shape.n_groups, shape.chunk_size, shape.eps)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (zxbcdt, *wide))
-    return torch.ops.amer.mamba2_inner(zxbcdt, *wide, segment_ids, *sizes, save)[0]
+    return mamba2_cpu.mamba2_inner(zxbcdt, *wide, segment_ids, *sizes, save)[0]
 
 
 def mamba2_inner_reference(
@@ -82,202 +84,73 @@ def mamba2_inner_reference(
     shape: Mamba2Shape,
 ) -> Tensor:
     """The same in plain torch: any device; at least float32 inside."""
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    forms = (causal_conv.causal_conv_reference, ssd.ssd_reference)
+    return _one_after_another(zxbcdt, *parameters, segment_ids, shape, *forms)
+
+
+def check_against_reference(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Runs the kernel that would be used and plain torch on two tiny packed rows, forward and backward.
+
+    Returns the relative error of the output and of every gradient; raises PreflightError when one is beyond
+    CHECK_TOLERANCE. Meant for the start of a run on a GPU, whose kernels this project has not been able to test.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape, n_heads = Mamba2Shape(head_dim=16, d_state=16, n_groups=1, chunk_size=16, eps=1e-5), 2
+    inner, channels = n_heads * shape.head_dim, n_heads * shape.head_dim + 2 * shape.d_state
+    sizes = [
+        (2, 37, inner + channels + n_heads),
+        (channels, 4),
+        (channels,),
+        (n_heads,),
+        (n_heads,),
+        (n_heads,),
+        (inner,),
+    ]
+    tensors = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    segment_ids = torch.tensor([[0] * 16 + [1] * 20 + [2], [0] * 5 + [1] * 32], dtype=torch.int32, device=device)
+    results = []
+    for form in (mamba2_inner, mamba2_inner_reference):
+        leaves = [t.to(dtype if i == 0 else torch.float32).requires_grad_() for i, t in enumerate(tensors)]
+        y = form(*leaves, segment_ids, shape)
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+    names = ("output", "zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+    pairs = zip(names, *results, strict=True)
+    errors = {name: float((a.float() - b.float()).norm() / b.float().norm()) for name, a, b in pairs}
+    worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    if not errors[worst] <= CHECK_TOLERANCE[dtype]:
+        raise PreflightError(
+            f"M kernel {kernel_name(device, dtype)!r} disagrees with plain torch on {device} in {dtype}: {worst} is off by"
+            f" {errors[worst]:.1e} of its norm, at most {CHECK_TOLERANCE[dtype]:.0e} is expected"
+        )
+    return errors
+
+
+def _one_after_another(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    segment_ids: Tensor,
+    shape: Mamba2Shape,
+    convolution: Callable[..., Tensor],
+    scan: Callable[..., Tensor],
+) -> Tensor:
     wide = torch.promote_types(zxbcdt.dtype, torch.float32)
     inner, group = norm_weight.shape[0], shape.n_groups * shape.d_state
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * group, D.shape[0]], dim=-1)
-    x, B, C = causal_conv_reference(xBC, conv_weight, conv_bias, segment_ids).split([inner, group, group], dim=-1)
-    y = ssd_reference(
+    x, B, C = convolution(xBC, conv_weight, conv_bias, segment_ids).split([inner, group, group], dim=-1)
+    y = scan(
         rearrange(x, "b t (h p) -> b t h p", p=shape.head_dim),
         F.softplus(dt.to(wide) + dt_bias.to(wide)),
         -A_log.to(wide).exp(),
         rearrange(B, "b t (g n) -> b t g n", n=shape.d_state),
         rearrange(C, "b t (g n) -> b t g n", n=shape.d_state),
-        D,
+        D.to(wide),
         segment_ids,
         shape.chunk_size,
     )
-    return gated_norm_reference(rearrange(y, "b t h p -> b t (h p)"), z, norm_weight, shape.n_groups, shape.eps)
-
-
-def _sizes(zxbcdt: Tensor, D: Tensor, head_dim: int, d_state: int, n_groups: int, chunk: int) -> tuple[Any, int]:
-    """What the scan kernels call `sizes`, and the number of slabs. Chunks longer than the row are cut to it."""
-    batch, length, z_row = zxbcdt.shape
-    chunk = min(-(-chunk // 16), -(-length // 16)) * 16
-    slabs = slabs_per_group(batch, n_groups, D.shape[0] // n_groups)
-    return (batch, length, z_row, D.shape[0], n_groups, head_dim, d_state, chunk), slabs
-
-
-def _flat(*tensors: Tensor) -> list[Any]:
-    return [as_numpy(t).reshape(-1) for t in tensors]
-
-
-@torch.library.custom_op("amer::mamba2_inner", mutates_args=(), device_types="cpu")
-def _mamba2_inner(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    segment_ids: Tensor,
-    head_dim: int,
-    d_state: int,
-    n_groups: int,
-    chunk_size: int,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, y before its gate, and the states that enter the chunks (empty unless saved)."""
-    zxbcdt = zxbcdt.contiguous()
-    sizes, slabs = _sizes(zxbcdt, D, head_dim, d_state, n_groups, chunk_size)
-    batch, length, inner = *zxbcdt.shape[:2], norm_weight.shape[0]
-    y = zxbcdt.new_empty(batch, length, inner)
-    states = zxbcdt.new_empty(_states_shape(sizes) if save else (0,))
-    result = torch.empty_like(y)
-    dt = F.softplus(zxbcdt[..., -D.shape[0] :].float() + dt_bias)
-    launch_threads()
-    z, taps, bias, dt_, A, D_, weight, segments = _flat(
-        zxbcdt, four_taps(conv_weight), conv_bias, dt, -A_log.exp(), D, norm_weight, segment_ids
-    )
-    scan_forward(z, taps, bias, dt_, A, D_, segments, *_flat(y, states), sizes, slabs, save)
-    gated_norm_forward(*_flat(result, y), z, sizes[2], weight, batch * length, inner, n_groups, eps)
-    return result, y, states
-
-
-def _states_shape(sizes: Any) -> tuple[int, ...]:
-    batch, length, _, n_heads, _, head_dim, d_state, chunk = sizes
-    return batch, -(-length // chunk), n_heads, d_state, head_dim
-
-
-@_mamba2_inner.register_fake
-def _(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    segment_ids: Tensor,
-    head_dim: int,
-    d_state: int,
-    n_groups: int,
-    chunk_size: int,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes, _ = _sizes(zxbcdt, D, head_dim, d_state, n_groups, chunk_size)
-    y = zxbcdt.new_empty(*zxbcdt.shape[:2], norm_weight.shape[0])
-    return y, torch.empty_like(y), zxbcdt.new_empty(_states_shape(sizes) if save else (0,))
-
-
-@torch.library.custom_op("amer::mamba2_inner_backward", mutates_args=(), device_types="cpu")
-def _mamba2_inner_backward(
-    gradient: Tensor,
-    y: Tensor,
-    states: Tensor,
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    segment_ids: Tensor,
-    head_dim: int,
-    d_state: int,
-    n_groups: int,
-    chunk_size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D and norm_weight."""
-    zxbcdt = zxbcdt.contiguous()
-    sizes, slabs = _sizes(zxbcdt, D, head_dim, d_state, n_groups, chunk_size)
-    batch, length, z_row = zxbcdt.shape
-    inner, n_heads, group = norm_weight.shape[0], D.shape[0], 2 * n_groups * d_state
-    tokens, blocks = batch * length, batch * -(-length // 64)
-    grad_z, grad_y, grad_x = torch.empty_like(zxbcdt), torch.empty_like(y), torch.empty_like(y)
-    grad_norm = D.new_empty(-(-tokens // 64), inner)
-    grad_dt, grad_BC = D.new_empty(batch, length, n_heads), D.new_empty(slabs, batch, length, group)
-    grad_A, grad_D = D.new_empty(batch, n_heads), D.new_empty(batch, n_heads)
-    taps_x, taps_BC = D.new_empty(blocks, 5, inner), D.new_empty(blocks, 5, group)
-    raw_dt = zxbcdt[..., -n_heads:].float() + dt_bias
-    A = -A_log.exp()
-    launch_threads()
-    z, taps, bias, dt, A_, D_, weight, segments, grad_z_, grad_y_, grad_x_, y_ = _flat(
-        zxbcdt,
-        four_taps(conv_weight),
-        conv_bias,
-        F.softplus(raw_dt),
-        A,
-        D,
-        norm_weight,
-        segment_ids,
-        grad_z,
-        grad_y,
-        grad_x,
-        y,
-    )
-    gated_norm_backward(
-        grad_y_, grad_z_, *_flat(grad_norm, gradient), y_, z, z_row, weight, tokens, inner, n_groups, eps
-    )
-    grad_BC_, taps_x_, taps_BC_ = _flat(grad_BC, taps_x, taps_BC)
-    scan_backward(
-        z,
-        taps,
-        bias,
-        dt,
-        A_,
-        D_,
-        segments,
-        *_flat(states),
-        grad_y_,
-        grad_x_,
-        grad_BC_,
-        *_flat(grad_dt, grad_A, grad_D),
-        sizes,
-        slabs,
-    )
-    conv = (taps, bias, segments, batch, length, inner + group)
-    convolve_backward(grad_z_, taps_x_, z, inner, z_row, 0, inner, grad_x_, 1, *conv)
-    convolve_backward(grad_z_, taps_BC_, z, 2 * inner, z_row, inner, group, grad_BC_, slabs, *conv)
-    grad_raw_dt = grad_dt * raw_dt.sigmoid()
-    grad_z[..., -n_heads:] = grad_raw_dt
-    grad_taps = torch.cat([taps_x.sum(dim=0), taps_BC.sum(dim=0)], dim=1)
-    width = conv_weight.shape[1]
-    return (
-        grad_z,
-        grad_taps[4 - width : 4].T.contiguous(),
-        grad_taps[4].clone(),
-        grad_raw_dt.sum(dim=(0, 1)),
-        grad_A.sum(dim=0) * A,
-        grad_D.sum(dim=0),
-        grad_norm.sum(dim=0),
-    )
-
-
-@_mamba2_inner_backward.register_fake
-def _(
-    gradient: Tensor,
-    y: Tensor,
-    states: Tensor,
-    zxbcdt: Tensor,
-    *parameters: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t) for t in (zxbcdt, *parameters[:6]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:8])
-    ctx.sizes = inputs[8:13]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return (None,) * 14
-    return (*torch.ops.amer.mamba2_inner_backward(gradient, *ctx.saved_tensors, *ctx.sizes), *(None,) * 7)
-
-
-_mamba2_inner.register_autograd(_backward, setup_context=_setup_context)
+    return gated_norm(rearrange(y, "b t h p -> b t (h p)"), z, norm_weight, shape.n_groups, shape.eps)

@@ -3,21 +3,43 @@
 Per head, with the state h (P, N) and its decay exp(dt A), starting from zero at every segment:
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
+
+On CUDA `mamba_chunk_scan_combined` of mamba-ssm where it imports (unmeasured: no GPU has run it here yet); else plain
+torch. On a CPU the M block runs it inside its fused Numba kernel (ssd_cpu.py).
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-REFERENCE = "chunked matmul (torch)"
+REFERENCE = "chunked matmul in plain torch"
+CUDA_KERNEL = "mamba_ssm.mamba_chunk_scan_combined"
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_CHUNK = 256  # what the Triton kernels are tuned for; the configured chunk is a CPU's
+
+
+@functools.cache
+def cuda_kernel() -> tuple[Callable[..., Tensor] | None, str]:
+    """`mamba_chunk_scan_combined`, or None and why it does not import. Tried once, only when asked."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except Exception as reason:  # its imports raise more than ImportError: AttributeError, RuntimeError, ...
+        return None, f"{type(reason).__name__}: {reason}"
+    return mamba_chunk_scan_combined, "imported"
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `ssd` runs for this device and dtype."""
-    return REFERENCE
+    if device.type != "cuda" or dtype not in CUDA_DTYPES:
+        return REFERENCE
+    kernel, reason = cuda_kernel()
+    return CUDA_KERNEL if kernel is not None else f"{REFERENCE} (mamba_ssm: {reason})"
 
 
 def ssd(
@@ -25,9 +47,14 @@ def ssd(
 ) -> Tensor:
     """x (B, T, H, P); dt (B, T, H) positive; A (H,) negative; B and C (B, T, G, N), head h reads group h // (H / G);
 
-    D (H,); segment_ids (B, T) int32 -> y (B, T, H, P) in x's dtype. T need not be a multiple of chunk_size.
+    D (H,); segment_ids (B, T) int32 -> y (B, T, H, P) in x's dtype. T need not be a multiple of chunk_size, which
+    does not change the result (and is 256 on CUDA, whatever is given).
     """
-    return ssd_reference(x, dt, A, B, C, D, segment_ids, chunk_size)
+    if kernel_name(x.device, x.dtype) != CUDA_KERNEL:
+        return ssd_reference(x, dt, A, B, C, D, segment_ids, chunk_size)
+    kernel, _ = cuda_kernel()
+    assert kernel is not None
+    return kernel(x, dt, A, B, C, CUDA_CHUNK, D=D, seq_idx=segment_ids.contiguous())
 
 
 def ssd_reference(
