@@ -44,7 +44,7 @@ class STPTerms:
     def per_boundary(self, divisor: Tensor | float | None = None) -> Tensor:
         """(n_boundaries,) losses; divisor: that of the global batch (default: this one's own, at least 1 triple)."""
         divisor = torch.as_tensor(self.divisor if divisor is None else divisor, device=self.sums.device)
-        return self.sums / torch.where(divisor > 0, divisor, 1.0)
+        return self.sums / divisor.clamp_min(1e-30)  # no triple: 0 / something
 
 
 def compute_stp_loss(

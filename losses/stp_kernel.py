@@ -1,9 +1,9 @@
 """Sums of 1 - cos of two displacements, read straight out of the states, and their gradient: Numba, float32 on CPU.
 
-One pass over the few rows that STP reads, in place of some forty small tensor operations. float32 differences,
-sums in float64; one thread, so the result never depends on the number of threads. Everything else (other devices and
-dtypes, mean squared error, normalised states, a predictor) takes the plain form in losses/stp.py, which is the
-reference that the tests hold this against.
+One pass over the few rows that STP reads, in place of some forty small tensor operations. float32 differences, sums in
+float64. One thread: half a millisecond is not worth waking another, and the result never depends on their number.
+Everything else (other devices and dtypes, mean squared error, normalised states, a predictor) takes the plain form
+in losses/stp.py, which is the reference that the tests hold this against.
 """
 
 # mypy: disable-error-code="call-arg"
@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from blocks.kernels.numba_math import FASTMATH, as_numpy
 from losses.joined import GradientJoin
 
 TRIPLE, PATCH = 0, 1
+LARGEST = np.finfo(np.float64).max
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
@@ -28,22 +31,34 @@ def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     return "numba" if device.type == "cpu" and dtype == torch.float32 else "torch"
 
 
-# Inner loops run over slices: from index 0 Numba knows that no index is negative, and only then do they vectorise.
-@njit(inline="always")
-def _square(x):
-    total = 0.0
-    for e in range(len(x)):
-        total += np.float64(x[e]) * np.float64(x[e])
-    return total
+@intrinsic
+def _pointer(typing_context, address):
+    """An address as a pointer to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(address), codegen
 
 
 @njit(cache=True, fastmath=FASTMATH, error_model="numpy")
-def _forward(states, length, points, valid, weights, kind, tolerance, factors):
-    """states (B * T, D); points (P, B, n) token indices; valid, weights (B, n).
+def _touch(states, length, points):
+    """Reads every cache line that is about to be used. The rows lie in as many memory pages, long out of the cache, and
+    independent reads wait for memory together where the sums would wait for one row after the other."""
+    total = np.float32(0.0)
+    for p in range(points.shape[0]):
+        for row in range(points.shape[1]):
+            for k in range(points.shape[2]):
+                x = states[row * length + points[p, row, k]]
+                for e in range(0, len(x), 16):
+                    total += x[e]
+    return total
 
-    Returns the weighted sum of the losses and the number of degenerate triples. Fills factors (B, n, 3): weight x
-    1 / (|a| |b|), cos / |a|^2 and cos / |b|^2, which the gradient is made of, 0 where there is none.
-    """
+
+# Inner loops run over slices: from index 0 Numba knows that no index is negative, and only then do they vectorise.
+@njit(cache=True, fastmath=FASTMATH, error_model="numpy")
+def _one_state(states, length, points, valid, weights, kind, tolerance, displacements, factors):
+    """The work of `_forward` on one state (B * T, D): its sum and the number of degenerate triples."""
     total, n_degenerate = 0.0, 0
     for row in range(points.shape[1]):
         first_token = row * length
@@ -54,27 +69,38 @@ def _forward(states, length, points, valid, weights, kind, tolerance, factors):
             s = states[first_token + points[0, row, k]]
             r = states[first_token + points[1, row, k]]
             t = states[first_token + points[2, row, k]]
-            norm_s, norm_r, norm_t = _square(s), _square(r), _square(t)
-            largest, finite = max(norm_s, norm_r, norm_t), norm_s + norm_r + norm_t
-            aa = bb = ab = 0.0
+            last = states[first_token + points[points.shape[0] - 1, row, k]]
+            a, b = displacements[0, row, k], displacements[1, row, k]
+            aa = bb = ab = norm_s = norm_r = norm_t = norm_last = 0.0
             if kind == TRIPLE:
                 for e in range(len(s)):
-                    a, b = np.float64(t[e] - r[e]), np.float64(r[e] - s[e])
-                    aa += a * a
-                    bb += b * b
-                    ab += a * b
+                    a[e], b[e] = t[e] - r[e], r[e] - s[e]
+                    x, y = np.float64(a[e]), np.float64(b[e])
+                    aa += x * x
+                    bb += y * y
+                    ab += x * y
+                    u, v, w = np.float64(s[e]), np.float64(r[e]), np.float64(t[e])
+                    norm_s += u * u
+                    norm_r += v * v
+                    norm_t += w * w
             else:  # s, r, t are the start and the end of the patch and the first token of the document
-                last = states[first_token + points[3, row, k]]
-                norm_last = _square(last)
-                largest, finite = max(largest, norm_last), finite + norm_last
                 for e in range(len(s)):
                     patch = r[e] - s[e]
-                    a, b = np.float64(patch), np.float64((last[e] - t[e]) - patch)
-                    aa += a * a
-                    bb += b * b
-                    ab += a * b
-            # Not finite states must reach the loss as such, so they are never degenerate.
-            if np.isfinite(finite) and min(aa, bb) <= tolerance * tolerance * largest:
+                    a[e], b[e] = patch, (last[e] - t[e]) - patch
+                    x, y = np.float64(a[e]), np.float64(b[e])
+                    aa += x * x
+                    bb += y * y
+                    ab += x * y
+                    u, v, w, z = np.float64(s[e]), np.float64(r[e]), np.float64(t[e]), np.float64(last[e])
+                    norm_s += u * u
+                    norm_r += v * v
+                    norm_t += w * w
+                    norm_last += z * z
+            largest = max(max(norm_s, norm_r), max(norm_t, norm_last))
+            # Not finite states must reach the loss as such, so they are never degenerate. (Not by np.isfinite: LLVM
+            # takes its x - x for 0 where sums may be reordered.)
+            finite = norm_s + norm_r + norm_t + norm_last <= LARGEST
+            if finite and min(aa, bb) <= tolerance * tolerance * largest:
                 n_degenerate += 1
                 total += weights[row, k]
                 continue
@@ -88,8 +114,29 @@ def _forward(states, length, points, valid, weights, kind, tolerance, factors):
 
 
 @njit(cache=True, fastmath=FASTMATH, error_model="numpy")
-def _scatter(gradient, states, length, points, kind, factors, scale):
-    """gradient (B * T, D) += scale x the gradient of the sum. Triple by triple in order: always the same sum."""
+def _forward(addresses, shape, points, valid, weights, kind, tolerance, displacements, factors, sums, counts, touched):
+    """addresses: of the states, each `shape` (B, T, D), contiguous; points (P, B, n) token indices; valid, weights
+    (B, n).
+
+    Per state: sums, the weighted sum of the losses; counts, of the degenerate triples; displacements (2, B, n, D) and
+    factors (B, n, 3), which the gradient is made of: weight x 1 / (|a| |b|), cos / |a|^2 and cos / |b|^2, 0 where
+    there is no gradient.
+    """
+    length = shape[1]
+    for i in range(len(addresses)):
+        states = carray(_pointer(addresses[i]), (shape[0] * length, shape[2]))
+        touched[i] = _touch(states, length, points)
+        sums[i], counts[i] = _one_state(
+            states, length, points, valid, weights, kind, tolerance, displacements[i], factors[i]
+        )
+
+
+@njit(cache=True, fastmath=FASTMATH, error_model="numpy")
+def _scatter(address, shape, points, kind, displacements, factors, scale):
+    """The (B, T, D) gradient at `address` += scale x the gradient of the sum of one state. Triple by triple in order:
+    always the same sum."""
+    length, width = shape[1], shape[2]
+    gradient = carray(_pointer(address), (shape[0] * length, width))
     for row in range(points.shape[1]):
         first_token = row * length
         for k in range(points.shape[2]):
@@ -97,30 +144,26 @@ def _scatter(gradient, states, length, points, kind, factors, scale):
                 continue
             cross = np.float32(-scale * factors[row, k, 0])
             own_a, own_b = np.float32(scale * factors[row, k, 1]), np.float32(scale * factors[row, k, 2])
-            p, q = first_token + points[0, row, k], first_token + points[1, row, k]
-            u = first_token + points[2, row, k]
-            s, r, t = states[p], states[q], states[u]
-            grad_s, grad_r, grad_t = gradient[p], gradient[q], gradient[u]
+            a, b = displacements[0, row, k], displacements[1, row, k]
+            s = gradient[first_token + points[0, row, k]]
+            r = gradient[first_token + points[1, row, k]]
+            t = gradient[first_token + points[2, row, k]]
             if kind == TRIPLE:
-                for e in range(len(s)):
-                    a, b = t[e] - r[e], r[e] - s[e]
-                    grad_a, grad_b = cross * b + own_a * a, cross * a + own_b * b
-                    grad_s[e] -= grad_b
-                    grad_r[e] += grad_b - grad_a
-                    grad_t[e] += grad_a
+                for e in range(len(a)):
+                    grad_a, grad_b = cross * b[e] + own_a * a[e], cross * a[e] + own_b * b[e]
+                    s[e] -= grad_b
+                    r[e] += grad_b - grad_a
+                    t[e] += grad_a
             else:
-                v = first_token + points[3, row, k]
-                last, grad_last = states[v], gradient[v]
-                for e in range(len(s)):
-                    a = r[e] - s[e]
-                    b = (last[e] - t[e]) - a
-                    grad_b = cross * a + own_b * b
-                    grad_a = cross * b + own_a * a - grad_b
+                last = gradient[first_token + points[3, row, k]]
+                for e in range(len(a)):
+                    grad_b = cross * a[e] + own_b * b[e]
+                    grad_a = cross * b[e] + own_a * a[e] - grad_b
                     # One after the other: an end of the patch may be an end of the document.
-                    grad_s[e] -= grad_a
-                    grad_r[e] += grad_a
-                    grad_t[e] -= grad_b
-                    grad_last[e] += grad_b
+                    s[e] -= grad_a
+                    r[e] += grad_a
+                    t[e] -= grad_b
+                    last[e] += grad_b
 
 
 class CosineSums(torch.autograd.Function):
@@ -140,40 +183,51 @@ class CosineSums(torch.autograd.Function):
         tolerance: float,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        length, width = states[0].shape[1:]
-        ctx.kind = TRIPLE if points.shape[0] == 3 else PATCH
-        ctx.points, is_valid, weight = as_numpy(points), as_numpy(valid), as_numpy(weights)
-        ctx.factors = np.empty((len(states), *is_valid.shape, 3))
-        sums, counts = [], []
-        for state, factors in zip(states, ctx.factors, strict=True):
-            rows = as_numpy(state).reshape(-1, width)
-            total, n_degenerate = _forward(rows, length, ctx.points, is_valid, weight, ctx.kind, tolerance, factors)
-            sums.append(total)
-            counts.append(n_degenerate)
-        ctx.join = join
-        ctx.save_for_backward(*states)
-        n_degenerate = torch.tensor(counts)
-        ctx.mark_non_differentiable(n_degenerate)
-        return torch.tensor(sums, dtype=torch.float32), n_degenerate
+        states = tuple(state.contiguous() for state in states)
+        n, (batch_size, n_spans) = len(states), valid.shape
+        kind = TRIPLE if points.shape[0] == 3 else PATCH
+        shape, point = tuple(states[0].shape), as_numpy(points)
+        displacements = np.empty((n, 2, batch_size, n_spans, shape[2]), dtype=np.float32)
+        factors, touched = np.empty((n, batch_size, n_spans, 3)), np.empty(n, dtype=np.float32)
+        sums, counts = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+        _forward(
+            np.array([state.data_ptr() for state in states], dtype=np.uint64),
+            shape,
+            point,
+            as_numpy(valid),
+            as_numpy(weights),
+            kind,
+            tolerance,
+            displacements,
+            factors,
+            sums.numpy(),
+            counts.numpy(),
+            touched,
+        )
+        ctx.join, ctx.shape = join, shape
+        ctx.kept = point, kind, displacements, factors
+        ctx.mark_non_differentiable(counts)
+        return sums.float(), counts
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the fast STP has no second derivative; losses.stp.compute_stp_loss has")
+        point, kind, displacements, factors = ctx.kept
         results: list[Tensor | None] = [None] * 6
-        for i, (state, scale) in enumerate(zip(ctx.saved_tensors, gradients[0].tolist(), strict=True)):
-            add = functools.partial(_add, as_numpy(state), ctx.points, ctx.kind, ctx.factors[i], scale)
+        for i, scale in enumerate(gradients[0].tolist()):
+            add = functools.partial(_add, ctx.shape, point, kind, displacements[i], factors[i], scale)
             if not ctx.needs_input_grad[6 + i] or ctx.join.give(i, add):
                 results.append(None)
             else:
-                dense = torch.zeros_like(state, memory_format=torch.contiguous_format)
+                dense = torch.zeros(ctx.shape)
                 add(dense)
                 results.append(dense)
         return tuple(results)
 
 
-def _add(state: Any, points: Any, kind: int, factors: Any, scale: float, gradient: Tensor) -> None:
-    """gradient (B, T, D) contiguous, in place."""
-    _, length, width = state.shape
-    rows = gradient.detach().numpy().reshape(-1, width)
-    _scatter(rows, state.reshape(-1, width), length, points, kind, factors, scale)
+def _add(
+    shape: tuple[int, ...], points: Any, kind: int, displacements: Any, factors: Any, scale: float, gradient: Tensor
+) -> None:
+    """gradient (B, T, D) float32, contiguous, in place."""
+    _scatter(gradient.data_ptr(), shape, points, kind, displacements, factors, scale)
