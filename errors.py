@@ -61,7 +61,7 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" for the closest candidate, or an empty string."""
+    """A hint " (did you mean 'x'?)" for the closest candidate, or an empty string."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

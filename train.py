@@ -81,7 +81,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                 triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
                 stp_weight = gate.weight(state.tokens) if config.stp.enabled else 0.0
                 run.prove(preflight, batch, triples, state, stp_weight)
-                if stp_weight == 0 and state.step % config.train.log_every:
+                if stp_weight == 0 and (state.step + 1) % config.train.log_every:
                     triples = None  # while the gate is closed, STP is measured (without gradient) at a cadence only
 
                 # Sums are divided by the counts of the whole step, so that micro-batches of any size add up.

@@ -16,7 +16,7 @@ FAMILY_COLOURS = {
 FAMILY_NAMES = {"A": "A attention", "M": "M Mamba-2", "E": "E experts", "R": "R M2RNN"}
 PANELS = (
     "cross-entropy, nats per token",
-    "raw STP by the family that wrote the boundary (random walk 1.0, i.i.d. 1.5)",
+    "raw STP by family (random walk 1.0, i.i.d. 1.5)",
     "STP weight",
     "gradient norm, STP : LM (weight 1)",
 )

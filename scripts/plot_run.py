@@ -21,7 +21,9 @@ def main() -> int:
     receipt = read_receipt(folder)
     letters = receipt.get("model", {}).get("letters", "")
     page = folder / "curves.html"
-    run_figure(records, f"{letters}: {folder.name}").write_html(page, include_plotlyjs=True)
+    run_figure(records, f"{letters}: {folder.name}").write_html(
+        page, include_plotlyjs=True, config={"displayModeBar": False}
+    )
     print(page)
     return 0
 

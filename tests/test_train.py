@@ -35,7 +35,7 @@ stp:
   n_spans: 4
   boundaries: [all, final]
   gate: {start_tokens: 700, ramp_tokens: 1500}
-train: {tokens: 2200, batch_rows: 4, accumulation: 2, log_every: 1, probe_every: 3}
+train: {tokens: 2200, batch_rows: 4, accumulation: 2, log_every: 2, probe_every: 3}
 optimizer: {learning_rate: 3.0e-3}
 validation: {rows: 8, sample_tokens: 8, every_fraction: 0.5}
 checkpoint: {every_steps: 4}
@@ -95,6 +95,7 @@ def test_a_run_finishes_with_its_proof(place, monkeypatch, capsys):
     assert set(proof["kernels"]) >= {"attention", "ssd", "grouped_experts", "m2rnn"}
     weights = [record["stp/weight"] for record in losses("a") if "stp/weight" in record]
     assert weights[0] == 0 and 0 < weights[-1] <= 0.1 and weights == sorted(weights)
+    assert all("stp/raw/R" in record for record in losses("a") if "stp/weight" in record)  # also while it is closed
     evidence = [record for record in losses("a") if "stp/grad_ratio/M" in record]
     assert evidence and all(record["stp/grad_norm/M"] > 0 for record in evidence)
     assert "next: python train.py" in capsys.readouterr().out
