@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from blocks.kernels.gated_norm import gated_norm
 from blocks.kernels.m2rnn import m2rnn
-from blocks.kernels.m2rnn_mixer import M2RNNShape, forget_gate, m2rnn_mixer
+from blocks.kernels.m2rnn_layout import M2RNNShape, forget_gate
+from blocks.kernels.m2rnn_mixer import m2rnn_mixer
 from errors import require, require_number
 
 if TYPE_CHECKING:

@@ -1,10 +1,11 @@
-"""What every M2RNN kernel is given: tensors of one dtype, checked shapes, nothing optional."""
+"""What every M2RNN kernel is given (tensors of one dtype, checked shapes, nothing optional), and the layer's sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -63,3 +64,32 @@ def prepare(
     q, k, v, weight = (t.detach().to(wide) for t in (q, k, v, weight))
     forget, skip, initial_state = (t.detach().to(wide) for t in (forget, skip, initial_state))
     return Inputs(q, k, v, weight, forget, skip, starts, initial_state)
+
+
+@dataclass(frozen=True)
+class M2RNNShape:
+    """Sizes that the tensors alone do not tell, and two numbers."""
+
+    key_dim: int
+    value_dim: int
+    n_q_heads: int
+    n_k_heads: int
+    eps: float
+    gradient_clip: float | None
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (..., C) -> q (..., Nq, K), k (..., Nk, K), v (..., N, V): views."""
+        widths = [self.n_q_heads * self.key_dim, self.n_k_heads * self.key_dim]
+        q, k, v = qkv.split([*widths, qkv.shape[-1] - sum(widths)], dim=-1)
+        return (
+            q.unflatten(-1, (-1, self.key_dim)),
+            k.unflatten(-1, (-1, self.key_dim)),
+            v.unflatten(-1, (-1, self.value_dim)),
+        )
+
+
+def forget_gate(logits: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (..., N) -> exp(-exp(A_log) dt) and dt = softplus(logits + dt_bias), at least float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    dt = F.softplus(logits.to(wide) + dt_bias.to(wide))
+    return torch.exp(-A_log.to(wide).exp() * dt), dt

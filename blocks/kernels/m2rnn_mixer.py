@@ -1,64 +1,39 @@
-"""What stands between the two projections of an M2RNN layer, in one: convolution, gates, recurrence, output norm.
+"""What stands between the two projections of an M2RNN layer: convolution, gates, recurrence, output gate and norm.
 
 Forms, picked by `m2rnn_mixer` from device and dtype:
-- CPU, float32 and bfloat16: `amer::m2rnn_mixer`, Numba. Saves the projection, y and every 32nd state only.
+- CPU, float32 and bfloat16: `amer::m2rnn_mixer` (m2rnn_mixer_cpu.py), Numba, all in one.
 - else `m2rnn_mixer_composed`: the operations one after another, each with the kernel that it has for the device.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from numba import prange
 from torch import Tensor
 
-from blocks.kernels import m2rnn_numba
-from blocks.kernels.causal_conv import causal_conv
-from blocks.kernels.causal_conv_cpu import BLOCK, convolve_backward, convolve_token, four_taps, taps_before
+from blocks.kernels import causal_conv as convolutions
+from blocks.kernels import m2rnn_mixer_cpu
+from blocks.kernels.causal_conv import causal_conv, causal_conv_reference
 from blocks.kernels.gated_norm import gated_norm
-from blocks.kernels.gated_norm_cpu import gated_norm_backward, gated_norm_forward
-from blocks.kernels.m2rnn import CHUNK_SIZE, m2rnn
 from blocks.kernels.m2rnn import kernel_name as recurrence_name
-from blocks.kernels.m2rnn_layout import Inputs
-from blocks.kernels.numba_math import as_numpy, helper, kernel, launch_threads, read, sigmoid, write
+from blocks.kernels.m2rnn import m2rnn, m2rnn_reference
+from blocks.kernels.m2rnn_layout import M2RNNShape, forget_gate
+from errors import PreflightError
 
 CPU_KERNEL = "fused M2RNN (Numba CPU)"
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class M2RNNShape:
-    """Sizes that the tensors alone do not tell, and two numbers."""
-
-    key_dim: int
-    value_dim: int
-    n_q_heads: int
-    n_k_heads: int
-    eps: float
-    gradient_clip: float | None
-
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (..., C) -> q (..., Nq, K), k (..., Nk, K), v (..., N, V): views."""
-        widths = [self.n_q_heads * self.key_dim, self.n_k_heads * self.key_dim]
-        q, k, v = qkv.split([*widths, qkv.shape[-1] - sum(widths)], dim=-1)
-        return (
-            q.unflatten(-1, (-1, self.key_dim)),
-            k.unflatten(-1, (-1, self.key_dim)),
-            v.unflatten(-1, (-1, self.value_dim)),
-        )
+# Relative error of the start-up check. bfloat16: the composed form also rounds between its parts.
+CHECK_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `m2rnn_mixer` runs for this device and dtype."""
     if device.type == "cpu" and dtype in CPU_DTYPES:
         return CPU_KERNEL
-    return f"composed M2RNN, recurrence: {recurrence_name(device, dtype)}"
+    return f"{recurrence_name(device, dtype)}; convolution: {convolutions.kernel_name(device, dtype)}"
 
 
 def m2rnn_mixer(
@@ -85,7 +60,7 @@ def m2rnn_mixer(
         return m2rnn_mixer_composed(projected, *parameters, segment_ids, starts, shape)
     limit = math.inf if shape.gradient_clip is None else shape.gradient_clip
     sizes = (shape.key_dim, shape.value_dim, shape.n_q_heads, shape.n_k_heads, shape.eps, limit)
-    return _m2rnn_mixer(projected, *(t.float() for t in parameters), segment_ids, starts, *sizes)[0]
+    return m2rnn_mixer_cpu.m2rnn_mixer(projected, *(t.float() for t in parameters), segment_ids, starts, *sizes)[0]
 
 
 def m2rnn_mixer_composed(
@@ -101,184 +76,86 @@ def m2rnn_mixer_composed(
     starts: Tensor,
     shape: M2RNNShape,
 ) -> Tensor:
-    """The same from its parts: any device and dtype."""
+    """The same from its parts, each with the kernel that it has for the device and dtype."""
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, state_weight, norm_weight)
+    return _compose(projected, *parameters, segment_ids, starts, shape, causal_conv, m2rnn)
+
+
+def m2rnn_mixer_reference(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    state_weight: Tensor,
+    norm_weight: Tensor,
+    segment_ids: Tensor,
+    starts: Tensor,
+    shape: M2RNNShape,
+) -> Tensor:
+    """The same in plain torch under autograd, the recurrence as a literal loop: any device and dtype."""
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, state_weight, norm_weight)
+    return _compose(projected, *parameters, segment_ids, starts, shape, causal_conv_reference, m2rnn_reference)
+
+
+def _compose(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    state_weight: Tensor,
+    norm_weight: Tensor,
+    segment_ids: Tensor,
+    starts: Tensor,
+    shape: M2RNNShape,
+    convolution: Callable[..., Tensor],
+    recurrence: Callable[..., tuple[Tensor, Tensor]],
+) -> Tensor:
     gate, qkv, logits = projected.split([norm_weight.shape[0], conv_weight.shape[0], A_log.shape[0]], dim=-1)
-    q, k, v = shape.split(causal_conv(qkv, conv_weight, conv_bias, segment_ids))
+    q, k, v = shape.split(convolution(qkv, conv_weight, conv_bias, segment_ids))
     forget, _ = forget_gate(logits, dt_bias, A_log)
-    y, _ = m2rnn(q, k, v, state_weight, forget, D, starts, gradient_clip=shape.gradient_clip)
+    y, _ = recurrence(q, k, v, state_weight, forget, D, starts, gradient_clip=shape.gradient_clip)
     return gated_norm(rearrange(y, "b t n v -> b t (n v)"), gate, norm_weight, 1, shape.eps)
 
 
-def forget_gate(logits: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (..., N) -> exp(-exp(A_log) dt) and dt = softplus(logits + dt_bias), at least float32."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    dt = F.softplus(logits.to(wide) + dt_bias.to(wide))
-    return torch.exp(-A_log.to(wide).exp() * dt), dt
+def check_against_reference(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Runs the kernels that would be used and plain torch on two tiny packed rows, forward and backward.
 
-
-@torch.library.custom_op("amer::m2rnn_mixer", mutates_args=(), device_types="cpu")
-def _m2rnn_mixer(
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    state_weight: Tensor,
-    norm_weight: Tensor,
-    segment_ids: Tensor,
-    starts: Tensor,
-    key_dim: int,
-    value_dim: int,
-    n_q_heads: int,
-    n_k_heads: int,
-    eps: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, y before its gate (B, T, N V) in float32, and the states that chunks start from."""
-    projected, shape = projected.contiguous(), M2RNNShape(key_dim, value_dim, n_q_heads, n_k_heads, eps, limit)
-    batch, length, row = projected.shape
-    inner = norm_weight.shape[0]
-    qkv = _convolve(projected, inner, conv_weight, conv_bias, segment_ids)
-    forget, _ = forget_gate(projected[..., -A_log.shape[0] :], dt_bias, A_log)
-    inputs = _inputs(shape, qkv, state_weight, forget, D, starts)
-    y, _, checkpoints = m2rnn_numba.forward(inputs, CHUNK_SIZE)
-    y, result = y.view(batch, length, inner), projected.new_empty(batch, length, inner)
-    launch_threads()
-    gated_norm_forward(*_flat(result, y, projected), row, *_flat(norm_weight), batch * length, inner, 1, eps)
-    return result, y, checkpoints
-
-
-def _inputs(shape: M2RNNShape, qkv: Tensor, weight: Tensor, forget: Tensor, D: Tensor, starts: Tensor) -> Inputs:
-    q, k, v = shape.split(qkv)
-    state = qkv.new_zeros(qkv.shape[0], v.shape[2], shape.key_dim, shape.value_dim)
-    return Inputs(q, k, v, weight, forget, D, starts, state)
-
-
-def _flat(*tensors: Tensor) -> list[Any]:
-    return [as_numpy(t).reshape(-1) for t in tensors]
-
-
-def _convolve(projected: Tensor, first: int, weight: Tensor, bias: Tensor, segment_ids: Tensor) -> Tensor:
-    """silu of the convolution over the columns from `first` on: (B, T, C) float32."""
-    batch, length, row = projected.shape
-    channels = weight.shape[0]
-    out = projected.new_empty(batch, length, channels, dtype=torch.float32)
-    launch_threads()
-    arrays = _flat(out, projected, four_taps(weight), bias, segment_ids)
-    _convolve_columns(*arrays, batch, length, channels, first, row)
-    return out
-
-
-@kernel
-def _convolve_columns(out, x, weight, bias, segments, batch, length, channels, x_first, x_row):
-    for task in prange(batch * ((length + BLOCK - 1) // BLOCK)):
-        _convolve_block(np.int64(task), out, x, weight, bias, segments, length, channels, x_first, x_row)
-
-
-@helper
-def _convolve_block(task, out, x, weight, bias, segments, length, channels, x_first, x_row):
-    blocks = (length + BLOCK - 1) // BLOCK
-    row_at, start = task // blocks * length, task % blocks * BLOCK
-    for t in range(start, min(start + BLOCK, length)):
-        at, x_at = (row_at + t) * channels, (row_at + t) * x_row + x_first
-        taps = taps_before(segments, row_at, t)
-        convolve_token(out, at, x, x_at, x_row, weight, bias, channels, 0, channels, taps)
-        for c in range(channels):
-            value = read(out, at + c)
-            write(out, at + c, value * sigmoid(value))
-
-
-@_m2rnn_mixer.register_fake
-def _(projected, conv_weight, conv_bias, dt_bias, A_log, D, state_weight, norm_weight, *rest):
-    (batch, length, _), (n_heads, value_dim), key_dim = projected.shape, D.shape, rest[2]
-    result = projected.new_empty(batch, length, norm_weight.shape[0])
-    chunks = D.new_empty(batch, n_heads, (length + CHUNK_SIZE - 1) // CHUNK_SIZE, key_dim, value_dim)
-    return result, torch.empty_like(result, dtype=torch.float32), chunks
-
-
-@torch.library.custom_op("amer::m2rnn_mixer_backward", mutates_args=(), device_types="cpu")
-def _m2rnn_mixer_backward(
-    gradient: Tensor,
-    y: Tensor,
-    checkpoints: Tensor,
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    state_weight: Tensor,
-    norm_weight: Tensor,
-    segment_ids: Tensor,
-    starts: Tensor,
-    key_dim: int,
-    value_dim: int,
-    n_q_heads: int,
-    n_k_heads: int,
-    eps: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of projected and of the seven parameters, in the order of the arguments."""
-    projected, shape = projected.contiguous(), M2RNNShape(key_dim, value_dim, n_q_heads, n_k_heads, eps, limit)
-    batch, length, row = projected.shape
-    (inner,), (n_heads,), (channels, width) = norm_weight.shape, A_log.shape, conv_weight.shape
-    grad_projected, grad_y = torch.empty_like(projected), torch.empty_like(y)
-    blocks = -(-length // BLOCK)
-    grad_norm = y.new_empty(-(-batch * length // BLOCK), inner)
-    launch_threads()
-    gated_norm_backward(
-        *_flat(grad_y, grad_projected, grad_norm, gradient, y, projected), row, *_flat(norm_weight),
-        batch * length, inner, 1, eps,
-    )  # fmt: skip
-
-    qkv = _convolve(projected, inner, conv_weight, conv_bias, segment_ids)
-    logits = projected[..., -n_heads:]
-    forget, dt = forget_gate(logits, dt_bias, A_log)
-    inputs = _inputs(shape, qkv, state_weight, forget, D, starts)
-    grad_qkv, zero = torch.empty_like(qkv), torch.zeros_like(inputs.initial_state)
-    grad_y = grad_y.view(batch, length, n_heads, value_dim)
-    *_, grad_weight, grad_forget, grad_D, _ = m2rnn_numba.backward(
-        inputs, checkpoints, grad_y, zero, limit, CHUNK_SIZE, into=shape.split(grad_qkv)
-    )
-
-    grad_taps = y.new_empty(batch * blocks, 5, channels)
-    launch_threads()
-    convolve_backward(
-        *_flat(grad_projected, grad_taps, projected), inner, row, 0, channels, *_flat(grad_qkv), 1,
-        *_flat(four_taps(conv_weight), conv_bias, segment_ids), batch, length, channels,
-    )  # fmt: skip
-    grad_taps = grad_taps.sum(dim=0)
-    grad_exponent = grad_forget * forget * -A_log.exp()  # of dt
-    grad_logits = grad_exponent * torch.sigmoid(logits.float() + dt_bias)
-    grad_projected[..., -n_heads:] = grad_logits
-    return (
-        grad_projected,
-        grad_taps[4 - width : 4].T.contiguous(),
-        grad_taps[4].clone(),
-        grad_logits.sum(dim=(0, 1)),
-        (grad_exponent * dt).sum(dim=(0, 1)),
-        grad_D,
-        grad_weight,
-        grad_norm.sum(dim=0),
-    )
-
-
-@_m2rnn_mixer_backward.register_fake
-def _(gradient, y, checkpoints, projected, *parameters):
-    return tuple(torch.empty_like(t) for t in (projected, *parameters[:7]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:10])
-    ctx.sizes = inputs[10:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return (None,) * 16
-    return (*_m2rnn_mixer_backward(gradient, *ctx.saved_tensors, *ctx.sizes), *(None,) * 8)
-
-
-_m2rnn_mixer.register_autograd(_backward, setup_context=_setup_context)
+    Returns the relative error of the output and of every gradient; raises PreflightError when one is beyond
+    CHECK_TOLERANCE. Meant for the start of a run on a GPU, whose kernels this project has not been able to test.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape, n_heads = M2RNNShape(16, 16, 1, 1, 1e-5, None), 2
+    inner, channels = n_heads * shape.value_dim, 2 * shape.key_dim + n_heads * shape.value_dim
+    sizes = {
+        "projected": (2, 37, inner + channels + n_heads),
+        "conv_weight": (channels, 4),
+        "conv_bias": (channels,),
+        "dt_bias": (n_heads,),
+        "A_log": (n_heads,),
+        "D": (n_heads, shape.value_dim),
+        "state_weight": (n_heads, shape.value_dim, shape.value_dim),
+        "norm_weight": (inner,),
+    }
+    tensors = {name: torch.randn(size, generator=generator).to(device) for name, size in sizes.items()}
+    tensors["state_weight"] = torch.eye(shape.value_dim, device=device) + 0.1 * tensors["state_weight"]
+    segment_ids = torch.tensor([[0] * 16 + [1] * 20 + [2], [0] * 5 + [1] * 32], dtype=torch.int32, device=device)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    results = []
+    for form in (m2rnn_mixer, m2rnn_mixer_reference):
+        leaves = [t.to(dtype if n == "projected" else torch.float32).requires_grad_() for n, t in tensors.items()]
+        y = form(*leaves, segment_ids, starts, shape)
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+    pairs = zip(("output", *sizes), *results, strict=True)
+    errors = {name: float((a.float() - b.float()).norm() / b.float().norm()) for name, a, b in pairs}
+    worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    if not errors[worst] <= CHECK_TOLERANCE[dtype]:
+        raise PreflightError(
+            f"R kernel {kernel_name(device, dtype)!r} disagrees with plain torch on {device} in {dtype}: {worst} is off"
+            f" by {errors[worst]:.1e} of its norm, at most {CHECK_TOLERANCE[dtype]:.0e} is expected"
+        )
+    return errors

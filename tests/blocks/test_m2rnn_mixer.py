@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from m2rnn_cases import make_inputs, random_starts
 
-from blocks.kernels.m2rnn_mixer import CPU_KERNEL, M2RNNShape, kernel_name, m2rnn_mixer, m2rnn_mixer_composed
+from blocks.kernels import m2rnn_mixer as mixers
+from blocks.kernels.m2rnn_layout import M2RNNShape
+from blocks.kernels.m2rnn_mixer import (
+    CPU_KERNEL,
+    check_against_reference,
+    kernel_name,
+    m2rnn_mixer,
+    m2rnn_mixer_composed,
+    m2rnn_mixer_reference,
+)
+from errors import PreflightError
 
 NAMES = ("projected", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "state_weight", "norm_weight")
 
@@ -71,7 +81,7 @@ def as_trained(tensors, dtype):
 )
 def test_fused_equals_its_parts(batch, length, heads, key_dim, value_dim, taps, share, clip, seed):
     case = make_case(batch, length, *heads, key_dim, value_dim, taps, share, clip, seed)
-    expected = run(m2rnn_mixer_composed, *case)
+    expected = run(m2rnn_mixer_reference, *case)
     found = run(m2rnn_mixer, as_trained(case[0], torch.float32), *case[1:])
     worst = errors(found, expected)
     assert max(worst.values()) < 1e-4, worst  # sums over 130 tokens of terms that cancel
@@ -85,6 +95,23 @@ def test_float64_takes_the_parts_and_says_so():
     cpu = torch.device("cpu")
     assert kernel_name(cpu, torch.float32) == kernel_name(cpu, torch.bfloat16) == CPU_KERNEL
     assert kernel_name(cpu, torch.float64) != CPU_KERNEL
+
+
+def test_the_composed_form_equals_the_reference():
+    case = make_case(2, 40, 4, 1, 2, 5, 6, taps=3, clip=0.2)
+    worst = errors(run(m2rnn_mixer_composed, *case), run(m2rnn_mixer_reference, *case))
+    assert max(worst.values()) < 1e-12, worst
+
+
+def test_start_up_check(monkeypatch):
+    """It passes on the kernels that are here, and stops a run whose kernel is wrong or gives NaN."""
+    cpu = torch.device("cpu")
+    assert max(check_against_reference(cpu, torch.float32).values()) < 1e-4
+    assert 1e-4 < max(check_against_reference(cpu, torch.bfloat16).values()) < 5e-2
+    for wrong in (lambda *a: 1.1 * m2rnn_mixer(*a), lambda *a: m2rnn_mixer(*a) * float("nan")):
+        monkeypatch.setattr(mixers, "m2rnn_mixer", wrong)
+        with pytest.raises(PreflightError, match="R kernel 'fused M2RNN"):
+            check_against_reference(cpu, torch.float32)
 
 
 def test_bfloat16_rounds_only_what_it_stores():
