@@ -110,7 +110,8 @@ def check_against_reference(device: torch.device, dtype: torch.dtype) -> dict[st
     tensors = [torch.randn(size, generator=generator).to(device) for size in sizes]
     segment_ids = torch.tensor([[0] * 16 + [1] * 20 + [2], [0] * 5 + [1] * 32], dtype=torch.int32, device=device)
     results = []
-    for form in (mamba2_inner, mamba2_inner_reference):
+    forms: list[Callable[..., Tensor]] = [mamba2_inner, mamba2_inner_reference]
+    for form in forms:
         leaves = [t.to(dtype if i == 0 else torch.float32).requires_grad_() for i, t in enumerate(tensors)]
         y = form(*leaves, segment_ids, shape)
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
@@ -120,8 +121,8 @@ def check_against_reference(device: torch.device, dtype: torch.dtype) -> dict[st
     worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
     if not errors[worst] <= CHECK_TOLERANCE[dtype]:
         raise PreflightError(
-            f"M kernel {kernel_name(device, dtype)!r} disagrees with plain torch on {device} in {dtype}: {worst} is off by"
-            f" {errors[worst]:.1e} of its norm, at most {CHECK_TOLERANCE[dtype]:.0e} is expected"
+            f"M kernel {kernel_name(device, dtype)!r} disagrees with plain torch on {device} in {dtype}: {worst} is off"
+            f" by {errors[worst]:.1e} of its norm, at most {CHECK_TOLERANCE[dtype]:.0e} is expected"
         )
     return errors
 

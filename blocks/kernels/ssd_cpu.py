@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from blocks.kernels.causal_conv_cpu import convolve_tile
-from blocks.kernels.numba_math import helper, kernel
+from blocks.kernels.numba_math import helper, kernel, write
 from blocks.kernels.ssd_tiles import (
     apply_weights,
     apply_weights_backward,
@@ -45,9 +45,9 @@ def slabs_per_group(batch: int, n_groups: int, heads_per_group: int) -> int:
 @kernel
 def scan_forward(z, taps4, bias, dt, A, D, segments, y, states, sizes, slabs, keep_states):
     """Writes y (batch, length, heads * P) and, with keep_states, states (batch, chunks, heads, N * P): the state that
-    enters a chunk. z (batch, length, z_row) holds the gate, x, B and C of a token; dt (batch, length, heads).
+    enters a chunk, zero where none does. z (batch, length, z_row) holds the gate, x, B and C of a token.
 
-    sizes: batch, length, z_row, heads, groups, P, N, chunk (a multiple of 16).
+    dt is (batch, length, heads). sizes: batch, length, z_row, heads, groups, P, N, chunk (a multiple of 16).
     """
     batch, n_groups = sizes[0], sizes[4]
     for task in prange(batch * n_groups * slabs):
@@ -92,18 +92,22 @@ def _forward_task(task, z, taps4, bias, dt, A, D, segments, y, states, sizes, sl
             decays(dt, dt_at, n_heads, A[head], n, ends, carried, last_start, step, log_sum, from_start, to_end)
             pair_weights(W_T, L_T, G_T, chunk, log_sum, step, D[head], n, ends)
             S_at = i * depth * width
+            states_at = ((row * n_chunks + index) * n_heads + head) * N * P
             if carried > 0:
                 product(Y, zero, width, C, zero, depth, one, S, S_at, width, (carried + 3) // 4 * 4, width, N, fresh)
                 scale_rows(Y, Y, width, from_start, (carried + 3) // 4 * 4)
                 if keep_states:
-                    store_rows(states, ((row * n_chunks + index) * n_heads + head) * N * P, P, S[S_at:], width, N, P)
+                    store_rows(states, states_at, P, S[S_at:], width, N, P)
+            elif keep_states:
+                for k in range(N * P):
+                    write(states, states_at + k, np.float32(0.0))
             apply_weights(Y, W_T, X, chunk, width, n, ends, carried)
             store_rows(y, (row * length + start) * inner + head * P, inner, Y, width, n, P)
             if index + 1 < n_chunks:
                 for k in range(last_start, n):
                     to_end[k] *= step[k]
                 scale_rows(B_out, B, depth, to_end, n)
-                scale_in_place(S, S_at, depth * width, from_start[n - 1])
+                scale_in_place(S, S_at, depth * width, from_start[n - 1] if carried == n else np.float32(0.0))
                 at = last_start * depth
                 product(
                     S,
@@ -228,7 +232,7 @@ def _backward_task(
                 if carried == n:
                     d_log[n - 1] += from_start[n - 1] * dot(dS, dS_at, S, depth * width)
                 scale_rows(C_in, C, depth, from_start, carried)
-                scale_in_place(dS, dS_at, depth * width, from_start[n - 1])
+                scale_in_place(dS, dS_at, depth * width, from_start[n - 1] if carried == n else np.float32(0.0))
                 product(dS, dS_at, width, C_in, zero, one, depth, dY, zero, width, depth, width, carried, add)
             else:
                 dS[dS_at : dS_at + depth * width] = 0

@@ -192,9 +192,9 @@ def weighted_columns(total, target, weight, values, factors, size, first, last, 
 
 @helper
 def scale_in_place(matrix, at, count, factor):
-    """matrix[at : at + count] *= factor."""
+    """matrix[at : at + count] *= factor; zero for a zero factor, whatever was there."""
     for i in range(count):
-        write(matrix, at + i, read(matrix, at + i) * factor)
+        write(matrix, at + i, read(matrix, at + i) * factor if factor != 0 else np.float32(0.0))
 
 
 @helper
