@@ -3,6 +3,9 @@
 Huang, LeCun and Balestriero, arXiv 2602.22617: L = 1 - cos(h_t - h_r, h_r - h_s) for tokens s < r < t. Works on any
 model's hidden states: tensors in, a scalar out. Reading the number (in high dimension): 0 a straight line,
 1.0 a random walk, 1.5 states without any coherence, 2 there and back again.
+
+Give it states in float32. States rounded to bfloat16 bend a straight path whatever happens afterwards: three neighbours
+on a line read 0.01, 0.27, 0.77 and 0.97 where the states are 20, 200, 600 and 2000 times as long as the steps.
 """
 
 from __future__ import annotations
