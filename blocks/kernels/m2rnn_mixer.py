@@ -146,7 +146,8 @@ def check_against_reference(device: torch.device, dtype: torch.dtype) -> dict[st
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     results = []
-    for form in (m2rnn_mixer, m2rnn_mixer_reference):
+    forms: list[Callable[..., Tensor]] = [m2rnn_mixer, m2rnn_mixer_reference]
+    for form in forms:
         leaves = [t.to(dtype if n == "projected" else torch.float32).requires_grad_() for n, t in tensors.items()]
         y = form(*leaves, segment_ids, starts, shape)
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
