@@ -69,6 +69,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
 
     with Run(config, folder, machine, data, model, optimizer, objective, warnings) as run:
         state = run.restored
+        machine.check_kernels("".join(model.letters))
         guard = FiniteGuard(config.train.max_skipped_steps, folder.path)
         preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)
         if config.train.compile == "blocks":

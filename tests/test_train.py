@@ -92,7 +92,7 @@ def test_a_run_finishes_with_its_proof(place, monkeypatch, capsys):
     (interval,) = proof["stp"]["live_tokens"]
     assert 700 < interval[0] < 1000 and interval[1] == proof["tokens"]
     assert 0 < proof["metrics"]["val_bits_per_byte"] < 20 and proof["metrics"]["unigram_bits_per_byte"] > 0
-    assert set(proof["kernels"]) >= {"attention", "ssd", "grouped_experts", "m2rnn"}
+    assert set(proof["kernels"]) >= {"attention", "mamba2", "grouped_experts", "m2rnn"}
     weights = [record["stp/weight"] for record in losses("a") if "stp/weight" in record]
     assert weights[0] == 0 and 0 < weights[-1] <= 0.1 and weights == sorted(weights)
     assert all("stp/raw/R" in record for record in losses("a") if "stp/weight" in record)  # also while it is closed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blocks.kernels import attention, causal_conv, grouped_experts, linear_cross_entropy, m2rnn, ssd
+from blocks.kernels import attention, grouped_experts, linear_cross_entropy, m2rnn_mixer, mamba2
 from training.config import RunConfig
 from training.machine import (
     Precision,
@@ -21,10 +21,12 @@ from training.machine import (
 
 KERNELS = {
     "A": {"attention": attention.kernel_name},
-    "M": {"ssd": ssd.kernel_name, "causal_conv": causal_conv.kernel_name},
+    "M": {"mamba2": mamba2.kernel_name},
     "E": {"grouped_experts": grouped_experts.kernel_name},
-    "R": {"m2rnn": m2rnn.kernel_name, "causal_conv": causal_conv.kernel_name},
+    "R": {"m2rnn": m2rnn_mixer.kernel_name},
 }
+# On a GPU these run once per start against plain torch: the kernels there come from other packages and compilers.
+CHECKS = {"M": mamba2.check_against_reference, "R": m2rnn_mixer.check_against_reference}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Machine:
             for operation, name in KERNELS[letter].items():
                 chosen[operation] = name(self.device, self.precision.dtype)
         return chosen
+
+    def check_kernels(self, letters: str) -> None:
+        """On a GPU, compares its kernels with plain torch on a tiny input. Raises PreflightError."""
+        if self.is_cuda:
+            for letter in sorted(set(letters) & CHECKS.keys()):
+                CHECKS[letter](self.device, self.precision.dtype)
 
     def describe(self) -> str:
         """One line for the log."""

@@ -12,5 +12,5 @@ def test_doctor_says_what_is_used_and_imports_no_cuda_package():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "mamba-ssm", "a run here uses: cpu", "attention", "m2rnn", "ssd"):
+    for word in ("torch", "mamba-ssm", "a run here uses: cpu", "attention", "m2rnn", "mamba2"):
         assert word in done.stdout
