@@ -90,9 +90,13 @@ def run_inner(form, tensors, segment_ids, shape, dtype):
 
 
 def relative_errors(found, expected):
-    """name -> |found - expected| / |expected|, with a floor under the norm of what is small by cancellation."""
+    """name -> |found - expected| / |expected|.
+
+    The inputs have unit scale, so a gradient far below 1 is a sum of terms of that size that cancel, and is as exact
+    as they are: the norm has a floor of 1 per element (root mean square).
+    """
     pairs = zip(("y", *PARTS), found, expected, strict=True)
-    return {n: float((a.double() - b).norm() / b.norm().clamp(min=0.1 * b.numel() ** 0.5)) for n, a, b in pairs}
+    return {n: float((a.double() - b).norm() / b.norm().clamp(min=b.numel() ** 0.5)) for n, a, b in pairs}
 
 
 @st.composite
