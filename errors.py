@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
-    """Bad input: a key, a file or a value. One line on stderr, exit code 2."""
+    """Bad input: a key, a file or a value. One line on stderr, exit code 2.
+
+    The message quotes what a person typed, so what cannot be printed is escaped: it stays one line whatever that was.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 class PreflightError(RuntimeError):

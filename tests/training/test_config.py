@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
@@ -127,6 +127,7 @@ KEYS = [
 
 
 @given(st.sampled_from(KEYS), st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12))
+@example("stp.weight", "\x1f\n")
 @settings(max_examples=50, deadline=None)
 def test_no_override_ever_ends_in_anything_but_a_config_or_one_line(key, value):
     try:
