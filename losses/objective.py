@@ -11,6 +11,7 @@ from torch import Tensor
 
 from errors import InputError, require, require_choice, require_number
 from losses.gate import GateConfig
+from losses.geometry import select_points, triple_weights
 from losses.joined import GradientJoin, joins
 from losses.lm import lm_loss_sum
 from losses.stp import (
@@ -20,9 +21,7 @@ from losses.stp import (
     NORMALIZATIONS,
     VARIANTS,
     STPTerms,
-    select_points,
     stp_terms,
-    triple_weights,
 )
 from losses.triples import SAMPLERS, Triples, draw, spans_per_row
 from model.pattern import family_of, select_boundaries

@@ -1,74 +1,28 @@
-"""Cheap gradients equal autograd's, whoever else holds the gradient that they join."""
+"""Cheap gradients equal autograd's."""
 
 import pytest
 import torch
+from joined_cases import (
+    DEPTH,
+    IDS,
+    B,
+    D,
+    Stack,
+    T,
+    close,
+    gradients,
+    gradients_keeping,
+    lm_of,
+    setup,
+    tolerance,
+    total_of,
+)
 
-from losses.joined import GradientJoin, ReadRows, is_owned, joins
+from losses.joined import GradientJoin, ReadRows
 from losses.stp import FORMS, compute_stp_loss, stp_terms
 from losses.triples import draw
 
-B, T, D, DEPTH = 3, 20, 8, 4
-IDS = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 20, [0] * 2 + [1] * 18])
-
-
-class Stack(torch.nn.Module):
-    """Residual blocks with a branch that autograd has to go through."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(16, D, dtype=dtype)
-        self.branches = torch.nn.ModuleList(torch.nn.Linear(D, D, dtype=dtype) for _ in range(DEPTH))
-        self.norm = torch.nn.RMSNorm(D, dtype=dtype)
-
-    def forward(self, tokens):
-        hidden = self.embedding(tokens)
-        states = [hidden]
-        for branch in self.branches:
-            hidden = hidden + branch(hidden).tanh()
-            states.append(hidden)
-        return states, self.norm(hidden)
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["kernel", "plain"])
-def setup(request):
-    model = Stack(request.param)
-    tokens = torch.randint(16, (B, T))
-    triples = draw("anchor", IDS, 6, seed=0, step=0, row_ids=torch.arange(B))
-    return model, tokens, triples
-
-
-def tolerance(model):
-    return {"rtol": 2e-5, "atol": 1e-6} if model.norm.weight.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
-
-
-def lm_of(final):
-    return (final * torch.linspace(-1, 1, D, dtype=final.dtype)).square().mean()
-
-
-def total_of(states, final, triples, boundaries=range(DEPTH + 1), form="triple", cheap=True):
-    """The total as the objective makes it, cheap or by plain autograd; and its terms."""
-    chosen = [states[i] for i in boundaries]
-    join = None
-    if cheap:
-        arrives = joins(states, final, list(boundaries))
-        join = GradientJoin(chosen, [arrives[i] for i in boundaries])
-    terms = stp_terms(chosen, triples, form=form, join=join)
-    total = lm_of(final) + 0.7 * terms.per_boundary().mean()
-    if join is not None:
-        join.watch(total)
-    return total, terms, join
-
-
-def gradients(model, total):
-    model.zero_grad()
-    total.backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def close(model, a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, **tolerance(model))
+__all__ = ["setup"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -150,83 +104,6 @@ def test_no_tensor_of_full_size_is_made(dtype):
     assert len(plain[1]) >= len(alone[1]) + DEPTH  # the measurement sees what it should
 
 
-@pytest.mark.parametrize(
-    "holder", ["retain_grad", "hook", "capture", "inputs", "caller", "expanded", "second consumer"]
-)
-def test_gradients_that_others_hold_are_not_changed(setup, holder):
-    """Every observer of a gradient sees what it would see with plain autograd."""
-    model, tokens, triples = setup
-    given = torch.randn(B, T, D, dtype=model.norm.weight.dtype)
-    results = {}
-    for cheap in (True, False):
-        states, final = model(tokens)
-        kept = []
-        if holder == "retain_grad":
-            for state in states:
-                state.retain_grad()
-        if holder == "hook":
-            for state in states:
-                state.register_hook(kept.append)
-        if holder == "second consumer":
-            # Two residual sums hand the very same gradient tensor to both of their inputs.
-            final = final + states[2] + states[2]
-        total, _, _ = total_of(states, final, triples, cheap=cheap)
-        parameters = list(model.parameters())
-        if holder == "capture":
-            kept = list(torch.autograd.grad(total, [*states, *parameters]))
-        elif holder == "inputs":
-            model.zero_grad()
-            total.backward(inputs=[states[0], states[3], parameters[0]])
-            kept = [states[0].grad, states[3].grad, parameters[0].grad]
-        elif holder == "caller":
-            before = given.clone()
-            model.zero_grad()
-            torch.autograd.backward([final, total], [given, torch.ones_like(total)])
-            assert torch.equal(given, before)
-            kept = [p.grad for p in parameters]
-        elif holder == "expanded":
-            model.zero_grad()
-            (total + states[-1].sum()).backward()  # a stride-0 gradient at the last boundary
-            kept = [p.grad for p in parameters]
-        else:
-            model.zero_grad()
-            total.backward()
-            kept += [state.grad for state in states] if holder == "retain_grad" else []
-            kept += [p.grad for p in parameters]
-        results[cheap] = [k.clone() for k in kept]
-    close(model, results[True], results[False])
-
-
-def test_a_residual_sum_whose_inputs_share_a_gradient():
-    """hidden + x hands one tensor to both sides; changing it in place for one would change it for the other, and for
-    whoever kept it on the way."""
-    triples = draw("anchor", IDS, 6, seed=0, step=0, row_ids=torch.arange(B))
-    source = torch.randn(B, T, D, requires_grad=True)
-    for observe in ("nothing", "hooks", "retain_grad"):
-        added = [torch.randn(B, T, D, requires_grad=True) for _ in range(DEPTH)]
-        found = {}
-        for cheap in (True, False):
-            hidden = source * 1.0
-            states, kept = [hidden], []
-            for x in added:
-                hidden = hidden + x
-                states.append(hidden)
-            for state in states:
-                if observe == "hooks":
-                    state.register_hook(kept.append)
-                if observe == "retain_grad":
-                    state.retain_grad()
-            total, _, join = total_of(states, hidden * 1.0, triples, cheap=cheap)
-            assert join is None or all(join.joined)
-            for leaf in (source, *added):
-                leaf.grad = None
-            total.backward()
-            kept += [state.grad for state in states] if observe == "retain_grad" else []
-            found[cheap] = [g.clone() for g in (*kept, source.grad, *(x.grad for x in added))]
-        for a, b in zip(found[True], found[False], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 def test_one_terms_own_gradient_is_dense_and_direct(setup):
     """What preflight and the live evidence ask: the gradient of one boundary's term alone, at that boundary."""
     model, tokens, triples = setup
@@ -266,10 +143,6 @@ def test_partial_and_repeated_backwards(setup):
     close(model, [p.grad for p in model.parameters()], expected)
 
 
-def gradients_keeping(model, total):
-    return [g.clone() for g in torch.autograd.grad(total, list(model.parameters()), retain_graph=True)]
-
-
 def test_an_error_in_the_middle_leaves_nothing_behind(setup):
     model, tokens, triples = setup
     states, final = model(tokens)
@@ -292,36 +165,6 @@ def test_an_error_in_the_middle_leaves_nothing_behind(setup):
     close(model, [p.grad for p in model.parameters()], expected)
 
 
-@pytest.mark.parametrize("fault", ["clones", "detached list", "cut stream", "cut stream, one boundary", "frozen below"])
-def test_boundaries_that_the_lm_does_not_reach_get_dense_gradients(setup, fault):
-    """Where no other gradient is certain to arrive, the way is plain autograd: never a lost row, never an error."""
-    model, tokens, triples = setup
-    boundaries = [1] if fault == "cut stream, one boundary" else range(DEPTH + 1)
-    results = {}
-    for cheap in (True, False):
-        if fault == "frozen below":
-            model.embedding.requires_grad_(False)
-            model.branches[0].requires_grad_(False)
-        hidden = model.embedding(tokens)
-        states = [hidden]
-        for i, branch in enumerate(model.branches):
-            hidden = hidden.detach() if fault.startswith("cut stream") and i == 2 else hidden
-            hidden = hidden + branch(hidden).tanh()
-            states.append(hidden)
-        final = model.norm(hidden)
-        if fault == "clones":
-            states = [state.clone() for state in states]
-        if fault == "detached list":
-            states = [state.detach() if i == 2 else state for i, state in enumerate(states)]
-        total, _, join = total_of(states, final, triples, boundaries, cheap=cheap)
-        if cheap and fault in ("clones", "cut stream, one boundary"):
-            assert not any(join.joined)
-        model.zero_grad()
-        total.backward()
-        results[cheap] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    close(model, results[True], results[False])
-
-
 def test_nothing_to_join_is_an_error_not_a_loss():
     """If the certainty should ever be wrong, the step stops."""
     state = torch.randn(B, T, D, requires_grad=True) * 1.0
@@ -331,42 +174,6 @@ def test_nothing_to_join_is_an_error_not_a_loss():
     join.watch(total)
     with pytest.raises(RuntimeError, match="no gradient arrived"):
         total.backward()
-
-
-def test_is_owned():
-    seen = {}
-
-    def observe(name, keep=None):
-        class Observer:
-            def hook(self, index, gradient):
-                if keep is not None:
-                    keep.append(gradient)
-                seen[name] = is_owned(gradient)
-
-        import functools
-
-        return functools.partial(Observer().hook, 0)
-
-    leaf = torch.ones(4, 4, requires_grad=True)
-
-    def run(name, use, keep=None, capture=False):
-        middle = leaf * 2
-        middle.register_hook(observe(name, keep))
-        output = use(middle)
-        if capture:
-            torch.autograd.grad(output, [middle, leaf])
-        else:
-            output.backward()
-
-    factor = torch.full((4, 4), 3.0)
-    run("free", lambda x: (x * factor).sum())
-    run("two consumers", lambda x: (x * factor).sum() + (x * factor).sum())
-    run("kept", lambda x: (x * factor).sum(), keep=[])
-    run("expanded", lambda x: x.sum())
-    run("transposed", lambda x: (x.t() * torch.arange(16.0).view(4, 4)).sum())
-    run("part of another", lambda x: (torch.stack([x, x]) * torch.ones(2, 4, 4)).sum())
-    assert seen["free"] and seen["two consumers"]
-    assert not (seen["kept"] or seen["expanded"] or seen["transposed"])
 
 
 def test_second_derivatives_are_refused_by_the_kernel_and_right_without_it():

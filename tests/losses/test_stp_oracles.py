@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from losses.stp import FORMS, close_gaps, compute_stp_loss
+from losses.geometry import close_gaps
+from losses.stp import FORMS, compute_stp_loss
 from losses.triples import Triples, draw
 
 ORACLES = Path(__file__).parents[1] / "oracles"
