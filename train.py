@@ -21,6 +21,7 @@ from losses.objective import Objective
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from training import summary
+from training.compile import compile_blocks
 from training.config import RunConfig, load_config
 from training.evidence import gradient_evidence
 from training.hardware import Machine
@@ -73,8 +74,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
         guard = FiniteGuard(config.train.max_skipped_steps, folder.path)
         preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)
         if config.train.compile == "blocks":
-            for block in model.blocks:
-                block.compile(fullgraph=True)
+            compile_blocks(model)
 
         with StopSignals() as signals, Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
             for batch in batches:

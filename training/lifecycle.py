@@ -13,7 +13,6 @@ from torch import Tensor
 from data.prepared import Prepared
 from data.stream import validation_batches
 from errors import InputError, PreflightError, Stopped
-from losses.gate import TokenGate
 from losses.objective import Objective
 from losses.triples import Triples
 from model.hybrid import HybridLM
@@ -49,7 +48,6 @@ class Run:
     ) -> None:
         self.config, self.folder, self.machine, self.data = config, folder, machine, data
         self.model, self.optimizer, self.objective = model, optimizer, objective
-        self.gate = TokenGate(config.stp.gate, config.stp.weight)
         T = config.data.sequence_length
         self.meter = SpeedMeter(config.train.tokens, 3 * model.flops_per_token(T), machine.gflops)
         self.progress = Progress(self.meter)
@@ -108,7 +106,6 @@ class Run:
         path = self.checkpoints.latest_valid() if self.folder.resumes else None
         if path is not None:
             stored = load_checkpoint(path, tensors)
-            self.gate.load_state_dict(stored["gate"])
             return State(**stored["run"])
         if self.folder.resumes:
             self.progress.message(f"{self.folder.path}: no valid checkpoint, starting from the beginning")
@@ -209,7 +206,7 @@ class Run:
 
     def _save(self, state: State) -> None:
         self.tracker.sync()
-        stored = {"run": asdict(state), "gate": self.gate.state_dict(), "config_sha256": self.config.sha256}
+        stored = {"run": asdict(state), "config_sha256": self.config.sha256}
         self.checkpoints.save(state.step, self._tensors(), stored)  # says itself what goes wrong; the run goes on
         self._list_checkpoints()
         self.meter.pause()
