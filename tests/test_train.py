@@ -250,13 +250,14 @@ def test_the_seed_reaches_weights_order_and_triples(place, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_blocks_train_alike(place, monkeypatch):
-    start(monkeypatch, "run_id=eager", "train.tokens=1400", "precision=fp32")
+    plan = ["train.tokens=1400", "train.accumulation=1", "model.pattern=AEMER"]
+    start(monkeypatch, "run_id=eager", *plan)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    start(monkeypatch, "run_id=compiled", "train.tokens=1400", "precision=fp32", "train.compile=blocks")
+    start(monkeypatch, "run_id=compiled", *plan, "train.compile=blocks")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
     eager, compiled = ([r["loss/total"] for r in losses(name) if "loss/total" in r] for name in ("eager", "compiled"))
-    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=2e-2, atol=2e-2)
     assert receipt("compiled")["stp"]["live_tokens"] == receipt("eager")["stp"]["live_tokens"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch._functorch.config
 
 from model.hybrid import HybridLM
 
@@ -18,5 +19,7 @@ def compile_blocks(model: HybridLM) -> None:
     """
     limit = GRAPHS_PER_BLOCK * len(model.stack)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    # Preflight and the live evidence keep the graph for several backward passes, which donated buffers forbid.
+    torch._functorch.config.donated_buffer = False
     for block in model.stack:
         block.compile(fullgraph=True)
