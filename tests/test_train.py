@@ -98,11 +98,13 @@ def test_a_run_finishes_with_its_proof(place, monkeypatch, capsys):
     assert all("stp/raw/R" in record for record in losses("a") if "stp/weight" in record)  # also while it is closed
     evidence = [record for record in losses("a") if "stp/grad_ratio/M" in record]
     assert evidence and all(record["stp/grad_norm/M"] > 0 for record in evidence)
-    assert "next: python train.py" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "python train.py runs/a/config.yaml run_id=a-more init_from=a" in printed
     with pytest.raises(InputError, match="is finished"):
         start(monkeypatch, "run_id=a")
-    start(monkeypatch, "run_id=b", "init_from=a", "train.tokens=1200")
-    assert losses("b")[0]["loss/lm"] < losses("a")[0]["loss/lm"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "runs/a/config.yaml", "run_id=a-more", "init_from=a"])
+    train.main()
+    assert losses("a-more")[0]["loss/lm"] < losses("a")[0]["loss/lm"]
 
 
 @pytest.mark.parametrize("stop_after", [5, 7])

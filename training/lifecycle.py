@@ -240,7 +240,9 @@ class Run:
         if self.config.stp.enabled:
             say(f"STP live over tokens {live}" if live else "STP: control, no live tokens")
         say(f"run folder: {self.folder.path}")
-        say(f"next: python train.py CONFIG init_from={self.folder.run_id}   (train on from these weights)")
+        path, again = self.folder.path, f"run_id={self.folder.run_id}-more init_from={self.folder.run_id}"
+        say(f"next: python -m scripts.plot_run {path}   (draw its curves)")
+        say(f"      python train.py {path}/config.yaml {again}   (train on from these weights)")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
