@@ -16,11 +16,13 @@ def gradient_evidence(objective: Objective, output: Any, loss: ObjectiveOutput) 
 
     STP's gradient is that of the boundary's own unweighted term, direct at the boundary; LM's is the whole
     gradient that arrives there. Keeps the graph, leaves `.grad` alone.
-    Raises PreflightError (exit code 3) if a term sends no gradient, or one that is not finite, on a step with valid
-    triples, unless the variant declares that it sends none.
+    Raises PreflightError (exit code 3) on a step with valid triples if a term sends no gradient, or one that is not
+    finite, or if its weight in the total is not the one that was given, unless the variant declares that it sends none.
     """
     if loss.stp_per_boundary is None or loss.stp_terms is None or int(loss.stp_terms.n_valid) == 0:
         return {}
+    if not objective.is_control:
+        _check_share(loss)
     terms = dict(zip(objective.boundaries, loss.stp_per_boundary.unbind(), strict=True))
     states = dict(zip(terms, objective.select(output.hidden_states, output.final), strict=True))
     lm_grads = torch.autograd.grad(loss.lm, list(states.values()), retain_graph=True, allow_unused=True)
@@ -39,6 +41,19 @@ def gradient_evidence(objective: Objective, output: Any, loss: ObjectiveOutput) 
         for name, values in zip(("grad_norm", "grad_ratio", "grad_cosine"), zip(*rows, strict=True), strict=True):
             metrics[f"stp/{name}/{family}"] = sum(values) / len(values)
     return metrics
+
+
+def _check_share(loss: ObjectiveOutput) -> None:
+    """d total / d (the term of each boundary) must be weight / number of boundaries."""
+    per_boundary, weight = loss.stp_per_boundary, float(loss.terms["stp"].weight)
+    assert per_boundary is not None
+    (share,) = torch.autograd.grad(loss.total, per_boundary, retain_graph=True, allow_unused=True)
+    expected = torch.full_like(per_boundary, weight / len(per_boundary))
+    if share is None or not torch.allclose(share, expected, rtol=1e-4, atol=0.0):
+        seen = "absent" if share is None else f"{float(share.sum()):.3g} in all"
+        raise PreflightError(
+            f"STP died: its weight in the total is {seen}, not {weight:.3g} spread over its boundaries"
+        )
 
 
 def _direct(term: Tensor, state: Tensor) -> Tensor:

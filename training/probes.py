@@ -49,10 +49,8 @@ def probe_forward(
     for tokens in (base, one_token, other_document, repeated):
         with torch.no_grad(), autocast:
             rows.append(model(tokens[None].to(device), context))
-    expected = len(model.blocks) + 1
-    if any(len(row.hidden_states) != expected for row in rows):
-        seen = sorted({len(row.hidden_states) for row in rows})
-        problem = f"{seen} hidden states in eval mode, expected {expected}"
+    problem = _collector(rows, len(model.blocks) + 1, (1, sum(lengths), model.config.d_model))
+    if problem is not None:
         return {"collector_eval": problem, "causality": "not run", "document_isolation": "not run"}
 
     tolerance = TOLERANCE[dtype]
@@ -63,6 +61,16 @@ def probe_forward(
     return {"collector_eval": None, "causality": causal, "document_isolation": isolated}
 
 
+def _collector(rows: list[Any], expected: int, shape: tuple[int, ...]) -> str | None:
+    for row in rows:
+        if len(row.hidden_states) != expected:
+            return f"{len(row.hidden_states)} hidden states in eval mode, expected {expected}"
+        for i, state in enumerate([*row.hidden_states, row.final]):
+            if tuple(state.shape) != shape:
+                return f"boundary {i}: shape {tuple(state.shape)} in eval mode, expected {shape}"
+    return None
+
+
 def _compare(
     base: Any, changed: Any, still: slice, moved: slice, tolerance: float, must_change: bool = True
 ) -> str | None:
@@ -70,6 +78,7 @@ def _compare(
     names = [*(f"boundary {i}" for i in range(len(base.hidden_states))), "final"]
     pairs = zip(names, [*base.hidden_states, base.final], [*changed.hidden_states, changed.final], strict=True)
     for name, a, b in pairs:
+        a, b = a.detach(), b.detach()
         scale = a.double().square().mean().sqrt()
         delta = (a.double() - b.double()).abs().amax(dim=-1)[0] / scale
         if not bool(torch.isfinite(delta).all()):

@@ -5,6 +5,7 @@ Never through the joint loss: deeper terms feed the blocks below and would hide 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,35 +18,56 @@ from model.context import SequenceContext
 
 LINK_TOLERANCE = 1e-3
 SMALLEST_RATIO = 1e-4  # of the largest boundary gradient; a single parameter must only be non-zero
+# What is looked at per boundary, by the names under which the receipt lists it.
+GRADIENT_CHECKS = (
+    "state_gradient",  # its own term reaches the state
+    "stream_below",  # and the state below, through its block
+    "block_parameters",  # and every parameter tensor of the block
+    "blocks_above",  # and none of the blocks above
+    "block_link",  # what arrives below is the gradient of hidden + mixer(norm(hidden))
+    "gradient_scale",  # and is not vanishingly small beside the other boundaries'
+)
+STREAM_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass
 class BoundaryResult:
-    """What the STP term of one boundary did. grad_norm: |d term / d state| at the boundary itself."""
+    """What the STP term of one boundary did. grad_norm: |d term / d state| at the boundary itself.
+
+    problems: name of the check that failed -> what was seen.
+    """
 
     index: int | str
     family: str
     grad_norm: float
     block_grad_norm: float
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
 
-class Versions:
-    """Remembers each boundary's tensor as its producer returned it, to tell later edits in place."""
+class Watch:
+    """Remembers each boundary's tensor as its producer returned it, to tell later edits in place, and the first block
+    that was given a stream of too low a precision (its own mixer may raise before anything else can be looked at)."""
 
     def __init__(self, model: Any) -> None:
-        self.seen: list[tuple[Tensor, int]] = []
+        self.produced: list[tuple[Tensor, int]] = []
+        self.low_precision: str | None = None
         self.handles = [model.embedding.register_forward_hook(self._note)]
-        self.handles += [block.register_forward_hook(self._note) for block in model.blocks]
+        for index, block in enumerate(model.blocks, start=1):
+            self.handles.append(block.register_forward_pre_hook(functools.partial(self._check_input, index)))
+            self.handles.append(block.register_forward_hook(self._note))
 
     def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.seen.append((output, output._version))
+        self.produced.append((output, output._version))
 
-    def __enter__(self) -> Versions:
+    def _check_input(self, index: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].dtype not in STREAM_DTYPES and self.low_precision is None:
+            self.low_precision = f"block {index} is given a residual stream in {inputs[0].dtype}, expected float32"
+
+    def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -53,23 +75,24 @@ class Versions:
             handle.remove()
 
 
-def check_collector(output: Any, versions: Versions, n_blocks: int, shape: tuple[int, ...]) -> str | None:
+def check_collector(output: Any, watch: Watch, n_blocks: int, shape: tuple[int, ...]) -> str | None:
     """Count, shapes, dtypes, requires_grad, distinct storages and no edit in place. None if all is well."""
     states = output.hidden_states
     if len(states) != n_blocks + 1:
         return f"{len(states)} hidden states, expected {n_blocks + 1}"
-    allowed = {torch.float32, torch.float64}
     for i, state in enumerate([*states, output.final]):
         name = f"boundary {i}" if i <= n_blocks else "final"
         if tuple(state.shape) != shape:
             return f"{name}: shape {tuple(state.shape)}, expected {shape}"
-        if state.dtype not in allowed:
+        if state.dtype not in STREAM_DTYPES:
             return f"{name}: dtype {state.dtype}, expected float32"
         if not state.requires_grad:
             return f"{name}: does not require grad (detached or made under no_grad)"
+    if watch.low_precision is not None:
+        return watch.low_precision
     if len({state.untyped_storage().data_ptr() for state in states}) != len(states):
         return "two boundaries share storage (the same tensor twice, or a block that writes in place)"
-    for i, ((produced, version), state) in enumerate(zip(versions.seen, states, strict=False)):
+    for i, ((produced, version), state) in enumerate(zip(watch.produced, states, strict=False)):
         if produced._version != version or state._version != version:
             return f"boundary {i}: edited in place after its block returned it"
         if state.data_ptr() != produced.data_ptr():
@@ -98,16 +121,16 @@ def check_boundary(
     result = BoundaryResult(index, family, 0.0, 0.0)
     for name, tensor in (("its state", here), ("the state below", below)):
         if tensor is not None and not tensor.requires_grad:
-            result.problems.append(f"{name} does not require grad (detached or made under no_grad)")
+            result.problems["state_gradient"] = f"{name} does not require grad (detached or made under no_grad)"
             return result
     if not term.requires_grad:
-        result.problems.append("its STP term has no gradient")
+        result.problems["state_gradient"] = "its STP term has no gradient"
         return result
 
     named = dict(module.named_parameters())
     frozen = [name for name, parameter in named.items() if not parameter.requires_grad]
     if frozen:
-        result.problems.append(f"{frozen[0]} is frozen")
+        result.problems["block_parameters"] = f"{frozen[0]} is frozen"
         return result
     above_parameters = [p for block in above for p in block.parameters() if p.requires_grad]
     targets = [here, *([below] if below is not None else []), *named.values(), *above_parameters]
@@ -117,22 +140,22 @@ def check_boundary(
     own, over = rest[: len(named)], rest[len(named) :]
 
     if grad_here is None or not bool(torch.isfinite(grad_here).all()) or not bool(grad_here.any()):
-        result.problems.append(f"gradient of its term at the state is {_word(grad_here)}")
+        result.problems["state_gradient"] = f"gradient of its term at the state is {_word(grad_here)}"
         return result
     result.grad_norm = float(grad_here.double().norm())
     if below is not None and (grad_below is None or not bool(grad_below.any())):
-        result.problems.append(f"gradient at the boundary below is {_word(grad_below)}: the stream is cut")
+        result.problems["stream_below"] = f"gradient at the boundary below is {_word(grad_below)}: the stream is cut"
     for name, grad in zip(named, own, strict=True):
         if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
-            result.problems.append(f"gradient of {name} is {_word(grad)}")
+            result.problems.setdefault("block_parameters", f"gradient of {name} is {_word(grad)}")
     result.block_grad_norm = sum(float(g.double().square().sum()) for g in own if g is not None) ** 0.5
     if any(grad is not None and bool(grad.any()) for grad in over):
-        result.problems.append("its term reaches a block above it: the list is permuted or off by one")
+        result.problems["blocks_above"] = "its term reaches a block above it: the list is permuted or off by one"
     if below is not None and grad_below is not None and not result.problems:
         expected = _link(module, index, below, context, grad_here, autocast)
         error = float((expected - grad_below).double().norm() / expected.double().norm().clamp_min(1e-300))
         if not error < LINK_TOLERANCE:
-            result.problems.append(
+            result.problems["block_link"] = (
                 f"gradient below differs by {error:.1e} from hidden + mixer(norm(hidden)): a lane or branch is cut"
             )
     return result
@@ -158,3 +181,14 @@ def _word(grad: Tensor | None) -> str:
     if grad is None:
         return "missing"
     return "zero" if bool(torch.isfinite(grad).all()) else "not finite"
+
+
+def flag_vanishing(boundaries: list[BoundaryResult]) -> None:
+    """Adds the check that looks at all boundaries together."""
+    for kind in ("grad_norm", "block_grad_norm"):
+        largest = max((getattr(b, kind) for b in boundaries), default=0.0)
+        for b in boundaries:
+            if b.ok and getattr(b, kind) < SMALLEST_RATIO * largest:
+                b.problems["gradient_scale"] = (
+                    f"{kind} {getattr(b, kind):.1e} is below {SMALLEST_RATIO:.0e} of the largest"
+                )

@@ -1,0 +1,84 @@
+"""Is the STP term in the total that training differentiates, in value and in gradient?
+
+The gradients are taken by a plain `.backward()`, as in a training step: that is where STP's rows join the gradient of
+the LM (losses/joined.py), which no `torch.autograd.grad` would show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from losses.objective import Objective
+from losses.triples import Triples
+
+VALUE_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 3e-2
+# Large enough that the LM gradient's own rounding (bf16 matmuls) does not drown STP's in the difference.
+WEIGHT = 100.0
+
+
+def check_total(
+    model: Any,
+    objective: Objective,
+    autocast: Callable[[], AbstractContextManager],
+    output: Any,
+    batch: Batch,
+    triples: Triples,
+    terms: dict[int | str, Tensor],
+) -> str | None:
+    """Forced open, the objective's total is LM + weight x STP. A control's has exactly the gradient of the LM.
+
+    Leaves `.grad` of every parameter as it was. None if all is well, else what was seen.
+    """
+    leaves = _leaves(model)
+
+    def total(stp_weight: float) -> Tensor:
+        weight = torch.tensor(stp_weight, device=batch.tokens.device)
+        with torch.enable_grad(), autocast():
+            return objective(output, model.head.weight, batch.labels, triples, stp_weight=weight).total
+
+    opened, closed = total(WEIGHT), total(0.0)
+    if not opened.requires_grad:
+        return "it has no gradient"
+    stp = sum(terms.values(), torch.zeros((), device=opened.device)) / len(terms)
+    expected_total = float(closed.detach()) + WEIGHT * float(stp.detach())
+    if not abs(float(opened.detach()) - expected_total) <= VALUE_TOLERANCE * (1 + abs(expected_total)):
+        return f"forced open it is {float(opened.detach()):.6f}, LM + weight x STP is {expected_total:.6f}"
+    seen = _by_backward(model, opened, leaves) - _by_backward(model, closed, leaves)
+    if objective.is_control:
+        return "a control that declares no gradient sends one" if bool(seen.any()) else None
+    expected = WEIGHT * _flat(torch.autograd.grad(stp, leaves, retain_graph=True, allow_unused=True), leaves)
+    error = float((seen - expected).norm() / expected.norm().clamp_min(1e-300))
+    if not error <= GRADIENT_TOLERANCE:
+        return f"its gradient differs by {error:.1e} from LM + weight x STP: the term is not in it as configured"
+    return None
+
+
+def _leaves(model: Any) -> list[Tensor]:
+    """The embedding, every block's norm (small, and moved by whatever reaches that block) and the whole last block."""
+    norms = [block.norm.weight for block in model.blocks[:-1]]
+    leaves = [model.embedding.weight, *norms, *model.blocks[-1].parameters()]
+    return [leaf for leaf in leaves if leaf.requires_grad]
+
+
+def _by_backward(model: Any, loss: Tensor, leaves: list[Tensor]) -> Tensor:
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        loss.backward(retain_graph=True)
+        return _flat([leaf.grad for leaf in leaves], leaves)
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+
+
+def _flat(grads: Any, leaves: list[Tensor]) -> Tensor:
+    parts = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
+    return torch.cat([part.flatten() for part in parts]).double()
