@@ -7,8 +7,10 @@ from typing import Any
 
 from errors import InputError, require, require_choice, require_number
 
-SOURCES = ("installed_python", "installed_cpp", "files", "huggingface", "megatron")
-SOURCES_WITH_PATH = ("files", "huggingface", "megatron")
+SOURCES = ("installed_python", "installed_cpp", "files", "huggingface", "megatron", "jsonl", "nlrx")
+SOURCES_WITH_PATH = ("files", "huggingface", "megatron", "jsonl")
+# Sources of prompts and answers: loss on the answers alone, a test split, rows of whole documents.
+ANSWER_SOURCES = ("jsonl", "nlrx")
 DEFAULT_SOURCE = "installed_python"
 
 
@@ -44,10 +46,25 @@ class TokenizerConfig:
 
 
 @dataclass
+class NLRXConfig:
+    # Different pairs of description and regex, over all splits. The grammar has about 15,000 of up to two forms and
+    # far more of three.
+    pairs: int = 10_000
+    # Names the list of pairs; a longer list begins with the shorter one.
+    seed: int = 0
+
+    def validate(self, path: str) -> None:
+        require_number(f"{path}.pairs", self.pairs, 10)
+        require_number(f"{path}.seed", self.seed, 0)
+
+
+@dataclass
 class DataConfig:
     """Raises InputError from `validate` (values) and `corpora` (how source, path and mixture fit together)."""
 
-    # installed_python | installed_cpp | files | huggingface | megatron. A data.path alone selects `files`.
+    # installed_python | installed_cpp | files | huggingface | megatron | jsonl | nlrx. A data.path alone selects
+    # `files`. jsonl: rows of "messages" with roles, or of "prompt" and "completion"; nlrx: generated pairs of a
+    # description and its regex. These two bear loss on answers alone, and their pairs are never cut.
     source: str = DEFAULT_SOURCE
     # files: a path, folder or glob (.jsonl and .parquet by column, all else as UTF-8 text), or a list of them;
     # huggingface: data set name, or name/subset after a colon ("wikitext:wikitext-2-raw-v1"); megatron: prefix or
@@ -62,30 +79,43 @@ class DataConfig:
     sequence_length: int = 256
     # Share of the text that is held out, by module (installed sources) or document, never by row.
     validation_fraction: float = 0.03
+    # Share of the documents kept for scoring answers after training (jsonl and nlrx), by hash.
+    test_fraction: float = 0.1
+    # jsonl: a file or files of rows to score instead of a share; their prompts are left out of training.
+    test_path: Any = None
+    # Share of the training documents that is used, by hash: a smaller share is part of every larger one. Held-out
+    # text and vocabulary stay the same.
+    train_fraction: float = 1.0
+    nlrx: NLRXConfig = field(default_factory=NLRXConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def validate(self, path: str = "data") -> None:
         require_choice(f"{path}.source", self.source, SOURCES)
         require_number(f"{path}.sequence_length", self.sequence_length, 2)
         require_number(f"{path}.validation_fraction", self.validation_fraction, 0.0, 0.5, exclusive=True)
+        require_number(f"{path}.test_fraction", self.test_fraction, 0.0, 0.5)
+        require_number(f"{path}.train_fraction", self.train_fraction, 0.0, 1.0, exclusive=True)
         require(bool(self.text_field), f"{path}.text_field", "is empty; expected the name of a field, e.g. text")
         self.tokenizer.validate(f"{path}.tokenizer")
-        self.corpora(path)
+        self.nlrx.validate(f"{path}.nlrx")
+        sources = {spec.source for spec in self.corpora(path)}
+        require(
+            self.test_path is None or "jsonl" in sources, f"{path}.test_path", "is only read with data.source=jsonl"
+        )
+        self.test_paths(path)
+        require(
+            self.train_fraction == 1 or "megatron" not in sources,
+            f"{path}.train_fraction",
+            f"a megatron corpus is used whole; expected 1, got {self.train_fraction}",
+        )
 
     def paths(self, path: str = "data") -> tuple[str, ...]:
         """data.path as a tuple of strings. Raises InputError."""
-        if self.path is None:
-            return ()
-        values = [self.path] if isinstance(self.path, str) else self.path
-        strings = isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
-        if not strings:
-            raise InputError(f"{path}.path: expected a string or a list of strings, got {self.path!r}")
-        require(
-            len(values) > 0 and all(value.strip() for value in values),
-            f"{path}.path",
-            "is empty; expected a file, folder or glob, e.g. my_texts/*.txt",
-        )
-        return tuple(values)
+        return _strings(self.path, f"{path}.path")
+
+    def test_paths(self, path: str = "data") -> tuple[str, ...]:
+        """data.test_path as a tuple of strings. Raises InputError."""
+        return _strings(self.test_path, f"{path}.test_path")
 
     def corpora(self, path: str = "data") -> list[CorpusSpec]:
         """The corpora with normalised weights, those of weight 0 left out. Raises InputError."""
@@ -122,3 +152,17 @@ class DataConfig:
         else:
             require(not paths, key, f"source {source} takes no path; expected one of {', '.join(SOURCES_WITH_PATH)}")
         return CorpusSpec(source, paths, weight)
+
+
+def _strings(value: Any, key: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not (isinstance(values, (list, tuple)) and all(isinstance(item, str) for item in values)):
+        raise InputError(f"{key}: expected a string or a list of strings, got {value!r}")
+    require(
+        len(values) > 0 and all(item.strip() for item in values),
+        key,
+        "is empty; expected a file, folder or glob, e.g. my_texts/*.txt",
+    )
+    return tuple(values)

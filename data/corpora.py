@@ -1,6 +1,6 @@
 """Where text comes from: one class per source, each an iterable of documents in a fixed order.
 
-(`megatron` is not here: it is tokens already, see `prepare.py`. Chat corpora will come beside these.)
+(`megatron` is not here: it is tokens already, see `prepare.py`.)
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data.config import CorpusSpec, DataConfig
+from data.chat import as_document, read_chat
+from data.config import CorpusSpec, DataConfig, NLRXConfig
 from data.documents import Document, checked_text, find_files, read_file, read_text
+from data.nlrx.generate import generate_pairs
 from errors import InputError
 
 _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -41,6 +43,10 @@ def open_corpus(spec: CorpusSpec, config: DataConfig) -> Corpus:
         return Files(spec.paths, config.text_field)
     if spec.source == "huggingface":
         return HuggingFace(spec.paths, config.text_field)
+    if spec.source == "jsonl":
+        return ChatRows(spec.paths, config.test_paths())
+    if spec.source == "nlrx":
+        return NLRX(config.nlrx)
     raise ValueError(f"{spec.source} is no source of text")
 
 
@@ -76,12 +82,46 @@ class Files:
         self.text_field = text_field
 
     def fingerprint(self) -> list[object]:
-        stats = [(path, path.stat()) for path in self.files]
-        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [self.text_field]
+        return [*_file_marks(self.files), self.text_field]
 
     def documents(self) -> Iterator[Document]:
         for path in self.files:
             yield from read_file(path, self.text_field)
+
+
+class ChatRows:
+    """.jsonl files of conversations, one row one document. Rows of test files come first and are set aside."""
+
+    def __init__(self, paths: tuple[str, ...], test_paths: tuple[str, ...]) -> None:
+        self.files = find_files(paths)
+        self.test_files = find_files(test_paths, "data.test_path")
+
+    def fingerprint(self) -> list[object]:
+        return [_file_marks(self.files), _file_marks(self.test_files)]
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.test_files:
+            yield from read_chat(path, split="test")
+        for path in self.files:
+            yield from read_chat(path)
+
+
+class NLRX:
+    """Generated pairs of a description and its regex (Locascio et al. 2016): prompt and answer."""
+
+    # Raise when the generator or the grammar gives other pairs for the same settings.
+    recipe = 1
+
+    def __init__(self, config: NLRXConfig) -> None:
+        self.config = config
+
+    def fingerprint(self) -> list[object]:
+        return [self.recipe, self.config.pairs, self.config.seed]
+
+    def documents(self) -> Iterator[Document]:
+        for number, pair in enumerate(generate_pairs(self.config.pairs, self.config.seed)):
+            messages = [("user", pair.description), ("assistant", pair.regex)]
+            yield as_document(f"nlrx:{number}", messages)
 
 
 class HuggingFace:
@@ -114,6 +154,10 @@ class HuggingFace:
             for number, row in enumerate(rows):
                 where = f"{name}:{number}"
                 yield Document(where, checked_text(row[self.text_field], where))
+
+
+def _file_marks(files: list[Path]) -> list[object]:
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 Parts = tuple[str, ...]

@@ -14,13 +14,27 @@ _WILDCARDS = "*?["
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A stretch of a document. part: "prompt" is read only; "answer" bears loss, and the end token follows it."""
+
+    text: str
+    part: str
+
+
+@dataclass(frozen=True)
 class Document:
-    """One document. key: where it is from, unique in its corpus. group: what the split keeps together (empty: the
-    document itself, by its content)."""
+    """One document.
+
+    key: where it is from, unique in its corpus. group: what the split keeps together (empty: the document itself, by
+    its content). segments: prompts and answers whose texts, joined, are `text`; empty: all of the text bears loss.
+    split: "test" for a document that its corpus has set aside; empty: decided by hash.
+    """
 
     key: str
     text: str
     group: str = ""
+    segments: tuple[Segment, ...] = ()
+    split: str = ""
 
 
 def find_files(paths: tuple[str, ...], key: str = "data.path") -> list[Path]:

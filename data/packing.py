@@ -1,8 +1,12 @@
-"""Documents -> rows: the stream of all documents, cut into windows of T + 1 tokens that overlap by one.
+"""Documents -> rows.
 
-Row r holds the tokens [r T, r T + T] of the stream: its first T are inputs, its last T labels. So every token but the
-very first is the label of exactly one position; those that begin a document are masked, as nothing in another document
-predicts them. The last row is filled up with padding. Nothing is held in memory but the mapped shards.
+Text (`pack_rows`): the stream of all documents, cut into windows of T + 1 tokens that overlap by one. Row r holds the
+tokens [r T, r T + T] of the stream: its first T are inputs, its last T labels. So every token but the very first is the
+label of exactly one position; those that begin a document are masked, as nothing in another document predicts them.
+The last row is filled up with padding. Nothing is held in memory but the mapped shards.
+
+Prompts and answers (`WholeDocuments`): as many documents as fit, none of them cut, since an answer without its prompt
+teaches the wrong thing. A document of n tokens takes n - 1 positions, as its end token is only ever a label.
 """
 
 from __future__ import annotations
@@ -25,8 +29,12 @@ IntArray = NDArray[np.int64]
 class TokenStream:
     """Shards one after another as one array of tokens, or a range [begin, end) of it, read in pieces."""
 
-    def __init__(self, shards: Sequence[Shard], begin: int = 0, end: int | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], begin: int = 0, end: int | None = None, masks: Sequence[Shard] = ()
+    ) -> None:
+        """masks: shards of the same shape that hold 1 where a token is learned; none = all tokens are."""
         self.shards = list(shards)
+        self.masks = list(masks)
         self._offsets = [0, *accumulate(shard.n_tokens for shard in self.shards)]
         self.begin = begin
         self.end = self._offsets[-1] if end is None else end
@@ -35,15 +43,32 @@ class TokenStream:
     def n_tokens(self) -> int:
         return self.end - self.begin
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether some tokens are only read: documents are prompts and answers."""
+        return bool(self.masks)
+
     def tokens(self, begin: int, end: int) -> IntArray:
         """(end - begin,) tokens of the stream."""
-        parts = [shard.tokens[low:high] for shard, low, high, _ in self._pieces(begin, end)]
+        parts = [self.shards[number].tokens[low:high] for number, low, high, _ in self._pieces(begin, end)]
         return np.concatenate(parts).astype(np.int64)
+
+    def loss_mask(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """(end - begin,) whether a token is learned."""
+        if not self.masks:
+            return np.ones(end - begin, bool)
+        parts = [self.masks[number].tokens[low:high] for number, low, high, _ in self._pieces(begin, end)]
+        return np.concatenate(parts) > 0
 
     def document_starts(self, begin: int, end: int) -> IntArray:
         """Positions in [begin, end) at which a document begins, ascending, relative to the stream."""
-        parts = [shard.document_starts(low, high) + shift for shard, low, high, shift in self._pieces(begin, end)]
-        return np.concatenate(parts)
+        pieces = self._pieces(begin, end)
+        return np.concatenate([self.shards[number].document_starts(low, high) + by for number, low, high, by in pieces])
+
+    def document_bounds(self) -> tuple[IntArray, IntArray]:
+        """Where each document begins and ends (exclusive), relative to the stream."""
+        starts = self.document_starts(0, self.n_tokens)
+        return starts, np.append(starts[1:], self.n_tokens)
 
     def document_boundary(self, token: int) -> int:
         """The document start at or before a position of the stream."""
@@ -53,8 +78,8 @@ class TokenStream:
         offset = self._offsets[number]
         return shard.document_start(shard.document_at(token - offset)) + offset - self.begin
 
-    def _pieces(self, begin: int, end: int) -> list[tuple[Shard, int, int, int]]:
-        """(shard, from, to, what to add to a position of that shard) for a range of the stream."""
+    def _pieces(self, begin: int, end: int) -> list[tuple[int, int, int, int]]:
+        """(number of a shard, from, to, what to add to a position of it) for a range of the stream."""
         begin, end = begin + self.begin, end + self.begin
         pieces = []
         number = bisect_right(self._offsets, begin) - 1
@@ -62,10 +87,75 @@ class TokenStream:
             offset, limit = self._offsets[number], self._offsets[number + 1]
             stop = min(end, limit)
             if begin < stop:
-                pieces.append((self.shards[number], begin - offset, stop - offset, offset - self.begin))
+                pieces.append((number, begin - offset, stop - offset, offset - self.begin))
                 begin = stop
             number += 1
         return pieces
+
+
+Packed = tuple[IntArray, IntArray, NDArray[np.int32]]
+
+
+class Windows:
+    """Rows of text: windows of the stream."""
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        self.n_rows = count_rows(stream.n_tokens, sequence_length)
+
+    def __call__(self, rows: IntArray) -> Packed:
+        """Tokens, labels and document ids, each (N, T), of the given rows (N,)."""
+        return pack_rows(self.stream, rows, self.sequence_length)
+
+
+class WholeDocuments:
+    """Rows of whole documents: each row takes the next ones while they fit, in the order of the stream.
+
+    Raises InputError if one is longer than a row.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, name: str = "data") -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        self.begins, self.ends = stream.document_bounds()
+        sizes = self.ends - self.begins - 1
+        if len(sizes) and sizes.max() > sequence_length:
+            raise InputError(
+                f"data.sequence_length: expected at least {sizes.max()}, got {sequence_length}: {name} holds a "
+                "document of that many tokens, and a prompt is never cut from its answer"
+            )
+        firsts: list[int] = []
+        room = 0
+        for number, size in enumerate(sizes.tolist()):
+            if size > room or not firsts:
+                firsts.append(number)
+                room = sequence_length
+            room -= size
+        self._firsts = np.array([*firsts, len(sizes)], np.int64)
+        self.n_rows = len(firsts)
+
+    def __call__(self, rows: IntArray) -> Packed:
+        """Tokens, labels and document ids, each (N, T), of the given rows (N,)."""
+        shape = (len(rows), self.sequence_length)
+        tokens, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE_LABEL, np.int64)
+        document_ids = np.full(shape, PADDING_DOCUMENT, np.int32)
+        for place, row in enumerate(rows.tolist()):
+            column = 0
+            for number, document in enumerate(range(self._firsts[row], self._firsts[row + 1])):
+                begin, end = int(self.begins[document]), int(self.ends[document])
+                ids, learned = self.stream.tokens(begin, end), self.stream.loss_mask(begin, end)
+                positions = slice(column, column + len(ids) - 1)
+                tokens[place, positions] = ids[:-1]
+                labels[place, positions] = np.where(learned[1:], ids[1:], IGNORE_LABEL)
+                document_ids[place, positions] = number
+                column = positions.stop
+        return tokens, labels, document_ids
+
+
+def row_maker(stream: TokenStream, sequence_length: int, name: str) -> Windows | WholeDocuments:
+    """The rows of a split: `n_rows`, and a function of their numbers."""
+    if stream.has_answers:
+        return WholeDocuments(stream, sequence_length, name)
+    return Windows(stream, sequence_length)
 
 
 def count_rows(n_tokens: int, sequence_length: int) -> int:

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from data.config import CorpusSpec, DataConfig
+from data.config import ANSWER_SOURCES, CorpusSpec, DataConfig
 from data.corpora import open_corpus
-from data.documents import Document
+from data.documents import Document, Segment
 from data.megatron import external_shards, external_split
-from data.prepared import FORMAT, MANIFEST, Prepared, open_prepared, sha256_file
-from data.shards import ShardWriter, bin_path, dtype_for, idx_path
-from data.split import Survey, sample, survey
+from data.prepared import FORMAT, MANIFEST, Prepared, open_prepared
+from data.shards import bin_path, idx_path
+from data.split import TEST, TRAIN, VALIDATION, Survey, sample, survey
+from data.split_writer import SplitWriter, sync_folder
 from data.tokenizer import Tokenizer, recorded_sha256, train_tokenizer
 from errors import InputError
 
@@ -66,9 +67,9 @@ def prepare(
             temporary.mkdir()
             try:
                 _write(config, temporary, progress or _silent, threads or os.cpu_count() or 1, shard_tokens)
-                _sync_folder(temporary)
+                sync_folder(temporary)
                 temporary.rename(folder)
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -90,11 +91,22 @@ def prepared_folder(config: DataConfig, artifacts_dir: str | Path = "artifacts")
             stats = [path.stat() for s in external_shards(spec) for path in (bin_path(s.prefix), idx_path(s.prefix))]
             parts.append([spec.label, spec.weight, [[stat.st_size, stat.st_mtime_ns] for stat in stats]])
         else:
-            parts.append([spec.label, spec.weight, open_corpus(spec, config).fingerprint()])
-    key = json.dumps([_RECIPE, FORMAT, parts, tokenizer, config.validation_fraction])
+            part = [spec.label, spec.weight, open_corpus(spec, config).fingerprint()]
+            parts.append([*part, _test_fraction(config, spec)] if spec.source in ANSWER_SOURCES else part)
+    settings = [_RECIPE, FORMAT, parts, tokenizer, config.validation_fraction]
+    if config.train_fraction < 1:
+        settings.append(config.train_fraction)
+    key = json.dumps(settings)
     label = "mixture" if len(specs) > 1 else specs[0].label
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", label).strip("-")[:40]
     return Path(artifacts_dir) / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _test_fraction(config: DataConfig, spec: CorpusSpec) -> float:
+    """Only answers are scored after training, and rows that are given for it replace a share."""
+    if spec.source not in ANSWER_SOURCES or (spec.source == "jsonl" and config.test_path is not None):
+        return 0.0
+    return config.test_fraction
 
 
 def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, shard_tokens: int) -> None:
@@ -104,7 +116,14 @@ def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, s
     for spec in specs:
         if spec.source != "megatron":
             report = partial(_report, progress, f"reading {spec.label}")
-            surveys[spec.label] = survey(open_corpus(spec, config), spec.label, config.validation_fraction, report)
+            surveys[spec.label] = survey(
+                open_corpus(spec, config),
+                spec.label,
+                config.validation_fraction,
+                report,
+                test_fraction=_test_fraction(config, spec),
+                train_fraction=config.train_fraction,
+            )
             notes += surveys[spec.label].notes
     tokenizer = _tokenizer(config, specs, surveys, progress)
     model = folder / "tokenizer.model"
@@ -167,77 +186,52 @@ def _tokenise(
     shard_tokens: int,
 ) -> dict[str, Any]:
     """Writes the shards of both splits and returns their entry in the manifest."""
-    splits = {
-        name: _SplitWriter(folder, f"{prefix}/{name}", tokenizer, shard_tokens) for name in ("train", "validation")
-    }
+    has_answers = spec.source in ANSWER_SOURCES
+    names = [TRAIN, VALIDATION] + ([TEST] if source.test_bytes else [])
+    splits = {name: SplitWriter(folder, f"{prefix}/{name}", tokenizer, shard_tokens, has_answers) for name in names}
     token_bytes = tokenizer.token_bytes()
-    total, done, exact = source.train_bytes + source.validation_bytes, 0, True
-    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    total, done, exact = source.train_bytes + source.validation_bytes + source.test_bytes, 0, True
+    if source.train_fraction < 1:
+        total = 0  # unknown before it is read
     try:
         for documents in _batches(source.documents()):
-            for (document, is_held_out), ids in zip(
-                documents, tokenizer.encode_batch([document.text for document, _ in documents], threads)
-            ):
+            segments = [document.segments or (Segment(document.text, "answer"),) for document, _ in documents]
+            texts = [segment.text for parts in segments for segment in parts]
+            encoded = iter(tokenizer.encode_batch(texts, threads))
+            for (document, split), parts in zip(documents, segments):
+                ids, mask = _tokens(parts, encoded, tokenizer)
                 size = len(document.text.encode())
                 exact = exact and int(token_bytes[ids].sum()) == size
-                whole = np.concatenate([begin, ids, [tokenizer.eos_id]]).astype(np.int32)
-                splits["validation" if is_held_out else "train"].add(whole, size)
+                splits[split].add(ids, size, mask)
                 done += size
             progress(f"tokenising {spec.label}", done, total)
         entry: dict[str, Any] = {"duplicates": source.duplicates, "exact": exact}
-        for name, split in splits.items():
-            entry[name] = split.close()
+        for name, writer in splits.items():
+            entry[name] = writer.close()
             if entry[name]["documents"] == 0:
                 raise InputError(f"data.path: {spec.label} holds too little text for a {name} split")
     finally:
-        for split in splits.values():
-            split.abort()
+        for writer in splits.values():
+            writer.abort()
     return entry
 
 
-class _SplitWriter:
-    """One split as a series of shards."""
-
-    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
-        self.dtype = dtype_for(tokenizer.vocab_size)
-        self.shards: list[dict[str, Any]] = []
-        self.counts = {"documents": 0, "bytes": 0, "tokens": 0}
-        self._writer: ShardWriter | None = None
-
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        if self._writer is None:
-            self._writer = ShardWriter(self.folder / f"{self.prefix}-{len(self.shards):05d}", self.dtype)
-        self._writer.add(ids)
-        self.counts["documents"] += 1
-        self.counts["bytes"] += n_bytes
-        self.counts["tokens"] += len(ids)
-        if self._writer.n_tokens >= self.shard_tokens:
-            self._finish()
-
-    def close(self) -> dict[str, Any]:
-        self._finish()
-        return {**self.counts, "shards": self.shards, "begin": 0, "end": self.counts["tokens"]}
-
-    def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
-
-    def _finish(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        prefix = self._writer.prefix
-        entry: dict[str, Any] = {"prefix": str(prefix.relative_to(self.folder))}
-        for kind, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
-            entry |= {f"{kind}_bytes": path.stat().st_size, f"{kind}_sha256": sha256_file(path)}
-        _sync_folder(prefix.parent)
-        self.shards.append(entry)
-        self._writer = None
+def _tokens(
+    segments: tuple[Segment, ...], encoded: Iterator[np.ndarray], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens and which of them are learned: answers and the end token behind each."""
+    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    ids, mask = [begin], [[0] * len(begin)]
+    for segment, tokens in zip(segments, encoded):
+        is_answer = segment.part == "answer"
+        whole = [*tokens.tolist(), tokenizer.eos_id] if is_answer else tokens.tolist()
+        ids.append(whole)
+        mask.append([int(is_answer)] * len(whole))
+    return np.concatenate(ids).astype(np.int32), np.concatenate(mask).astype(np.uint8)
 
 
-def _batches(documents: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
-    batch: list[tuple[Document, bool]] = []
+def _batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+    batch: list[tuple[Document, str]] = []
     size = 0
     for item in documents:
         batch.append(item)
@@ -255,14 +249,6 @@ def _lock(folder: Path) -> Iterator[None]:
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _report(progress: Progress, stage: str, done: int) -> None:

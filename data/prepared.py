@@ -20,16 +20,29 @@ from errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """One corpus of the run: its share of the training rows, and the token streams of both splits."""
+    """One corpus of the run: its share of the training rows, and the token streams of its splits.
+
+    test: documents whose answers are scored after training; None for plain text.
+    """
 
     label: str
     weight: float
     train: TokenStream
     validation: TokenStream
+    test: TokenStream | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a document asks, as the ids that a model reads (begin token included), and the text that it should write."""
+
+    prompt: list[int]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,21 @@ class Prepared:
     def train_tokens(self) -> int:
         return sum(corpus.train.n_tokens for corpus in self.corpora)
 
+    def answers(self, split: str = "test") -> list[Answer]:
+        """The documents of a split that end with an answer, in order. Raises InputError if there are none."""
+        found = []
+        for corpus in self.corpora:
+            stream = getattr(corpus, split)
+            if stream is None or not stream.has_answers:
+                continue
+            for begin, end in zip(*stream.document_bounds()):
+                tokens, learned = stream.tokens(begin, end), stream.loss_mask(begin, end)
+                cut = int(np.flatnonzero(~learned)[-1]) + 1
+                found.append(Answer(tokens[:cut].tolist(), self.tokenizer.decode(tokens[cut:])))
+        if not found:
+            raise InputError(f"{self.name}: has no {split} split with answers; expected data.source=nlrx or jsonl")
+        return found
+
     @property
     def notes(self) -> list[str]:
         """What a person should know about how the data was made (one line each)."""
@@ -87,7 +115,7 @@ def open_prepared(folder: str | Path) -> Prepared:
             PreparedCorpus(
                 part["label"],
                 part["weight"],
-                *(_open_split(folder, part[split], advice) for split in ("train", "validation")),
+                *(_open_split(folder, part[split], advice) for split in SPLITS if split in part),
             )
             for part in manifest["corpora"]
         ]
@@ -109,19 +137,24 @@ def _load_tokenizer(path: Path, sha256: str, advice: str) -> Tokenizer:
 
 
 def _open_split(folder: Path, split: dict[str, Any], advice: str) -> TokenStream:
-    shards = []
-    for entry in split["shards"]:
-        prefix = folder / entry["prefix"]  # an absolute prefix (a corpus used in place) stays absolute
-        try:
-            for path, size in ((bin_path(prefix), entry["bin_bytes"]), (idx_path(prefix), entry["idx_bytes"])):
-                found = path.stat().st_size if path.is_file() else None
-                if found != size:
-                    what = "is missing" if found is None else f"has {found:,} bytes"
-                    raise InputError(f"{path}: the shard is damaged: it {what}, expected {size:,} bytes")
-            shards.append(Shard(prefix))
-        except InputError as error:
-            raise InputError(f"{error}; {advice}") from None
-    return TokenStream(shards, split["begin"], split["end"])
+    try:
+        shards = [_open_shard(folder, entry) for entry in split["shards"]]
+        masks = [_open_shard(folder, entry["loss"]) for entry in split["shards"] if "loss" in entry]
+        if masks and [mask.n_tokens for mask in masks] != [shard.n_tokens for shard in shards]:
+            raise InputError(f"{masks[0].prefix}: the loss shards do not fit the token shards")
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from None
+    return TokenStream(shards, split["begin"], split["end"], masks)
+
+
+def _open_shard(folder: Path, entry: dict[str, Any]) -> Shard:
+    prefix = folder / entry["prefix"]  # an absolute prefix (a corpus used in place) stays absolute
+    for path, size in ((bin_path(prefix), entry["bin_bytes"]), (idx_path(prefix), entry["idx_bytes"])):
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes"
+            raise InputError(f"{path}: the shard is damaged: it {what}, expected {size:,} bytes")
+    return Shard(prefix)
 
 
 def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
@@ -133,8 +166,11 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None 
     entries = {
         entry["prefix"]: entry
         for part in prepared.manifest["corpora"]
-        for split in ("train", "validation")
-        for entry in part[split]["shards"]
+        for split in SPLITS
+        if split in part
+        for shard in part[split]["shards"]
+        for entry in (shard, shard.get("loss"))
+        if entry is not None
     }
     total = sum(entry["bin_bytes"] + entry["idx_bytes"] for entry in entries.values())
     done, by_size = 0, []

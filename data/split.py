@@ -1,4 +1,7 @@
-"""Which documents are held out, and which are dropped as duplicates: decided once, before anything is tokenised."""
+"""Which documents are held out, and which are dropped as duplicates: decided once, before anything is tokenised.
+
+Every decision is by hash, of a document or of the group that it belongs to: it depends on no seed, order or place.
+"""
 
 from __future__ import annotations
 
@@ -17,43 +20,73 @@ _MANY_GROUPS = 100_000
 _SALT = b"held out"
 
 
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
 @dataclass
 class Survey:
-    """A corpus, gone through once: duplicates known, split decided."""
+    """A corpus, gone through once: duplicates known, split decided.
+
+    train_bytes, validation_bytes, test_bytes: of UTF-8 text, before train_fraction takes its share of the first.
+    """
 
     corpus: Corpus
+    train_fraction: float = 1.0
     duplicates: int = 0
     train_bytes: int = 0
     validation_bytes: int = 0
+    test_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     _dropped: set[int] = field(default_factory=set)
     _kept: list[Document] | None = None
-    _is_held_out: Callable[[Document], bool] = lambda document: False
+    _split_of: Callable[[Document], str] = lambda document: TRAIN
 
-    def documents(self) -> Iterator[tuple[Document, bool]]:
-        """(document, is it held out) for all that are not dropped, in the order of the corpus."""
+    def documents(self) -> Iterator[tuple[Document, str]]:
+        """(document, split) for all that are used, in the order of the corpus."""
+        for document, split in self.whole():
+            if split != TRAIN or self.train_fraction >= 1 or self._is_in_subset(document):
+                yield document, split
+
+    def whole(self) -> Iterator[tuple[Document, str]]:
+        """The same with all of the training split, whatever share of it is used."""
         source = self._kept if self._kept is not None else _without(self.corpus.documents(), self._dropped)
         for document in source:
-            yield document, self._is_held_out(document)
+            yield document, self._split_of(document)
+
+    def _is_in_subset(self, document: Document) -> bool:
+        """By the document's own hash: a smaller share is part of every larger one."""
+        return _rank(f"subset {_content(document)}") < self.train_fraction * 2**64
 
 
-def survey(corpus: Corpus, label: str, validation_fraction: float, progress: Callable[[int], None]) -> Survey:
+def survey(
+    corpus: Corpus,
+    label: str,
+    validation_fraction: float,
+    progress: Callable[[int], None],
+    *,
+    test_fraction: float = 0.0,
+    train_fraction: float = 1.0,
+) -> Survey:
     """Reads a corpus once. Empty documents and repetitions (equal but for white space) are dropped.
 
-    The split is by group (the module or subpackage, or the document itself), by the hash of its name (or content), so
-    it does not depend on the seed of a run, on order or on place. Raises InputError if no text is left.
+    The split is by group (the module or subpackage, or the document itself), by the hash of its name (or content).
+    Documents that say themselves that they are for the test are; their groups are then in no other split.
+    Raises InputError if no text is left.
     """
-    result = Survey(corpus)
+    result = Survey(corpus, train_fraction)
     seen: set[bytes] = set()
+    tested: set[str] = set()
     kept: list[Document] | None = []
     groups: dict[str, int] = {}
     total = 0
-    n_documents = 0
+    n_documents = leaks = 0
     for number, document in enumerate(corpus.documents()):
         bare = "".join(document.text.split())
         digest = _hash(bare.encode())
-        if not bare or digest in seen:
+        is_leak = document.group in tested and document.split != TEST
+        if not bare or digest in seen or is_leak:
             result.duplicates += bool(bare)
+            leaks += is_leak and digest not in seen
             result._dropped.add(number)
             continue
         seen.add(digest)
@@ -65,13 +98,30 @@ def survey(corpus: Corpus, label: str, validation_fraction: float, progress: Cal
             kept.append(document)
             if total > _KEEP_BYTES:
                 kept = None
-        if len(groups) <= _MANY_GROUPS:
-            groups[document.group] = groups.get(document.group, 0) + size
         progress(total)
+        if document.split == TEST:
+            tested.add(document.group)
+        if document.split == TEST or _is_tested(document.group, test_fraction):
+            result.test_bytes += size
+        elif len(groups) <= _MANY_GROUPS:
+            groups[document.group] = groups.get(document.group, 0) + size
     if n_documents == 0:
         raise InputError(f"data.path: {label} holds no text (all its documents are empty)")
+    if leaks:
+        result.notes.append(f"{label}: {leaks:,} documents left out of training, as their prompts are in the test")
     result._kept = kept
-    if n_documents == 1:
+
+    def by_test(otherwise: Callable[[str], bool]) -> Callable[[Document], str]:
+        def split_of(document: Document) -> str:
+            group = _group(document)
+            if document.split == TEST or _is_tested(group, test_fraction):
+                return TEST
+            return VALIDATION if otherwise(group) else TRAIN
+
+        return split_of
+
+    rest = total - result.test_bytes
+    if n_documents == 1 and test_fraction == 0 and not tested:
         only = kept[0] if kept else next(_without(corpus.documents(), result._dropped))
         result._kept = _cut_one(only, validation_fraction, label)
         result.notes.append(f"{label} is a single document: its last lines are held out")
@@ -79,13 +129,15 @@ def survey(corpus: Corpus, label: str, validation_fraction: float, progress: Cal
         held_out = {"end"}
     elif len(groups) > _MANY_GROUPS:
         limit = int(validation_fraction * 2**64)
-        result.train_bytes = int(total * (1 - validation_fraction))
-        result.validation_bytes = total - result.train_bytes
-        result._is_held_out = lambda document: _rank(_group(document)) < limit
+        result.train_bytes = int(rest * (1 - validation_fraction))
+        result.validation_bytes = rest - result.train_bytes
+        result._split_of = by_test(lambda group: _rank(group) < limit)
         return result
+    elif not groups:
+        raise InputError(f"data.path: {label} holds too few documents to train on some and hold others out")
     else:
         held_out = choose_held_out(groups, validation_fraction)
-    result._is_held_out = lambda document: _group(document) in held_out
+    result._split_of = by_test(held_out.__contains__)
     result.validation_bytes = sum(size for name, size in groups.items() if name in held_out)
     result.train_bytes = sum(groups.values()) - result.validation_bytes
     return result
@@ -122,17 +174,28 @@ def _cut_one(document: Document, fraction: float, label: str) -> list[Document]:
 
 
 def sample(survey: Survey, n_bytes: int) -> list[str]:
-    """About n_bytes of training text in pieces of up to 16 KB, drawn by hash: what the vocabulary learns from."""
+    """About n_bytes of training text in pieces of up to 16 KB, drawn by hash: what the vocabulary learns from.
+
+    From the whole training split, so that runs on different shares of it have the same vocabulary.
+    """
     share = min(1.0, n_bytes / max(1, survey.train_bytes)) * 2**64
     pieces = []
-    for document, is_held_out in survey.documents():
-        if not is_held_out:
+    for document, split in survey.whole():
+        if split == TRAIN:
             pieces += [piece for piece in chunks(document.text, 1 << 14) if _rank(piece) < share]
     return pieces
 
 
 def _group(document: Document) -> str:
-    return document.group or _hash("".join(document.text.split()).encode()).hex()
+    return document.group or _content(document)
+
+
+def _content(document: Document) -> str:
+    return _hash("".join(document.text.split()).encode()).hex()
+
+
+def _is_tested(group: str, test_fraction: float) -> bool:
+    return test_fraction > 0 and _rank(f"test {group}") < test_fraction * 2**64
 
 
 def _hash(raw: bytes) -> bytes:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.batch import Batch
 from data.order import IntArray, Interleave, hash_key, permute
-from data.packing import check_ids, count_rows, pack_rows, to_batch
+from data.packing import check_ids, row_maker, to_batch
 from data.prepared import Prepared
 
 
@@ -25,7 +25,8 @@ class TrainStream:
         self.sequence_length = sequence_length
         self.batch_rows = batch_rows
         self.vocab_size = prepared.tokenizer.vocab_size
-        self.rows_per_epoch = [count_rows(corpus.train.n_tokens, sequence_length) for corpus in self.corpora]
+        self._makers = [row_maker(corpus.train, sequence_length, corpus.label) for corpus in self.corpora]
+        self.rows_per_epoch = [maker.n_rows for maker in self._makers]
         self._interleave = Interleave([corpus.weight for corpus in self.corpora])
         self._seed = seed
 
@@ -48,9 +49,8 @@ class TrainStream:
         document_ids = np.empty((len(row_ids), T), np.int32)
         for number in np.unique(corpus_of).tolist():
             place = np.flatnonzero(corpus_of == number)
-            corpus = self.corpora[number]
-            packed = pack_rows(corpus.train, row_of[place], T)
-            check_ids(packed[0], packed[1], self.vocab_size, corpus.label)
+            packed = self._makers[number](row_of[place])
+            check_ids(packed[0], packed[1], self.vocab_size, self.corpora[number].label)
             tokens[place], labels[place], document_ids[place] = packed
         return to_batch(tokens, labels, document_ids, row_ids)
 
@@ -79,16 +79,15 @@ def validation_batches(
 
     max_rows takes that many, evenly spaced over all held-out text, from the corpora of a mixture by their weights.
     """
-    n_rows = [count_rows(corpus.validation.n_tokens, sequence_length) for corpus in prepared.corpora]
-    chosen = _choose_rows(n_rows, [corpus.weight for corpus in prepared.corpora], max_rows)
+    makers = [row_maker(corpus.validation, sequence_length, corpus.label) for corpus in prepared.corpora]
+    chosen = _choose_rows([maker.n_rows for maker in makers], [corpus.weight for corpus in prepared.corpora], max_rows)
     places = [(number, row) for number, rows in enumerate(chosen) for row in rows.tolist()]
     for start in range(0, len(places), batch_rows):
         part = places[start : start + batch_rows]
         packed = []
         for number, row in part:
-            corpus = prepared.corpora[number]
-            packed.append(pack_rows(corpus.validation, np.array([row]), sequence_length))
-            check_ids(packed[-1][0], packed[-1][1], prepared.tokenizer.vocab_size, corpus.label)
+            packed.append(makers[number](np.array([row])))
+            check_ids(packed[-1][0], packed[-1][1], prepared.tokenizer.vocab_size, prepared.corpora[number].label)
         tokens, labels, document_ids = (np.concatenate(arrays) for arrays in zip(*packed))
         yield to_batch(tokens, labels, document_ids, np.arange(start, start + len(part), dtype=np.int64))
 

@@ -87,7 +87,7 @@ def test_changed_files_are_prepared_anew(tmp_path: Path) -> None:
     assert second.folder != first.folder and second.manifest_sha256 != first.manifest_sha256
 
 
-@pytest.mark.parametrize("where", ["train_tokenizer", "_tokenise", "_sync_folder"])
+@pytest.mark.parametrize("where", ["train_tokenizer", "_tokenise", "sync_folder"])
 def test_a_failure_midway_leaves_nothing(
     text_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -107,12 +107,12 @@ def test_a_kill_midway_leaves_nothing_that_is_taken_for_whole(text_config: DataC
 import os
 from data import prepare as module
 from data.config import DataConfig, TokenizerConfig
-class Killed(module._SplitWriter):
+class Killed(module.SplitWriter):
     def add(self, *args):
         super().add(*args)
         if self.counts["documents"] == 5:
             os._exit(9)
-module._SplitWriter = Killed
+module.SplitWriter = Killed
 config = DataConfig(path={text_config.path!r}, validation_fraction=0.2, tokenizer=TokenizerConfig(vocab_size=330))
 module.prepare(config, {str(tmp_path)!r})
 """

@@ -35,13 +35,13 @@ def modules(count: int, files: int = 3) -> list[Document]:
 
 def test_no_module_is_on_both_sides() -> None:
     result = run(modules(200))
-    sides: dict[str, set[bool]] = {}
-    for document, is_held_out in result.documents():
-        sides.setdefault(document.group, set()).add(is_held_out)
+    sides: dict[str, set[str]] = {}
+    for document, side in result.documents():
+        sides.setdefault(document.group, set()).add(side)
     assert all(len(side) == 1 for side in sides.values())
     share = result.validation_bytes / (result.validation_bytes + result.train_bytes)
     assert 0.08 < share <= 0.1
-    held_out = [document for document, is_held_out in result.documents() if is_held_out]
+    held_out = [document for document, side in result.documents() if side == "validation"]
     assert sum(len(document.text.encode()) for document in held_out) == result.validation_bytes
     assert len({document.group for document in held_out}) > 10
 
@@ -64,7 +64,7 @@ def test_split_does_not_depend_on_names_or_order_of_plain_documents() -> None:
     texts = [f"document {number} " * 4 for number in range(60)]
     first = run([Document(f"x{number}", text) for number, text in enumerate(texts)])
     second = run([Document(f"y{number}", text) for number, text in enumerate(reversed(texts))])
-    sides = [{d.text for d, is_held_out in r.documents() if is_held_out} for r in (first, second)]
+    sides = [{d.text for d, side in r.documents() if side == "validation"} for r in (first, second)]
     assert sides[0] == sides[1] and len(sides[0]) >= 3
 
 
@@ -85,7 +85,7 @@ def test_something_is_on_either_side_and_no_large_group_is_held_out(groups: dict
 def test_many_documents_are_split_by_hash_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "_MANY_GROUPS", 50)
     result = run([Document(str(number), f"text {number}") for number in range(2000)], 0.1)
-    held_out = sum(is_held_out for _, is_held_out in result.documents())
+    held_out = sum(side == "validation" for _, side in result.documents())
     assert 140 < held_out < 260
     assert result.train_bytes > 0
 
@@ -103,8 +103,8 @@ def test_a_corpus_too_large_to_keep_is_read_again_with_the_same_result(monkeypat
 @pytest.mark.parametrize("text", ["line\n" * 50, "no line break at all, " * 20, "x" * 99 + "\n", "ab"])
 def test_a_single_document_gives_its_end(text: str) -> None:
     result = run([Document("book.txt", text)], 0.1)
-    (head, head_held_out), (tail, tail_held_out) = result.documents()
-    assert (head_held_out, tail_held_out) == (False, True)
+    (head, head_split), (tail, tail_split) = result.documents()
+    assert (head_split, tail_split) == ("train", "validation")
     assert head.text + tail.text == text
     assert len(tail.text) <= max(1, 0.25 * len(text))
     assert result.notes == ["corpus is a single document: its last lines are held out"]
@@ -119,7 +119,7 @@ def test_too_little_text(texts: list[str]) -> None:
 def test_sample_is_bounded_even_and_from_training_text() -> None:
     documents = [Document(f"{n}", f"{n:04d} " + "abc\n" * 500, f"g{n}") for n in range(400)]
     result = run(documents, 0.2)
-    held_out = {document.text[:4] for document, is_held_out in result.documents() if is_held_out}
+    held_out = {document.text[:4] for document, side in result.documents() if side == "validation"}
     pieces = sample(result, 200_000)
     assert 120_000 < sum(map(len, pieces)) < 280_000
     numbers = [piece[:4] for piece in pieces]
