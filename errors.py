@@ -6,9 +6,13 @@ Everything else is a bug and keeps its traceback (exit code 1).
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 import sys
 from collections.abc import Callable, Iterable
+
+# A disk that is full, read-only or not ours: nothing that a traceback explains better than a line.
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class InputError(ValueError):
@@ -27,6 +31,12 @@ class PreflightError(RuntimeError):
     """The wire that a run claims is not there (or died). Exit code 3."""
 
     exit_code = 3
+
+
+class StorageError(RuntimeError):
+    """The disk refuses what the run cannot do without (full, read-only, no permission). One line, exit code 1."""
+
+    exit_code = 1
 
 
 class Stopped(Exception):  # noqa: N818 - a wish that was granted, not an error
@@ -76,7 +86,15 @@ def exit_with(main: Callable[[], int | None]) -> None:
     """Runs main and turns the errors of this module into one line on stderr and their exit code."""
     try:
         code = main() or 0
-    except (InputError, PreflightError, Stopped) as error:
+    except (InputError, PreflightError, StorageError, Stopped) as error:
         print(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}", file=sys.stderr)
         code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        code = StorageError.exit_code
     sys.exit(code)

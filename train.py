@@ -25,7 +25,7 @@ from training.compile import compile_blocks
 from training.config import RunConfig, load_config
 from training.evidence import gradient_evidence
 from training.hardware import Machine
-from training.health import FiniteGuard
+from training.health import StepGuard
 from training.lifecycle import Run
 from training.measured import Measured
 from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
@@ -68,15 +68,15 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
     stream = TrainStream(data, config.data.sequence_length, config.train.batch_rows, seed=config.seed)
     micro_batches = torch.arange(config.train.batch_rows, device=machine.device).chunk(config.train.accumulation)
 
-    with Run(config, folder, machine, data, model, optimizer, objective, warnings) as run:
+    with StopSignals() as signals, Run(config, folder, machine, data, model, optimizer, objective, warnings) as run:
         state = run.restored
         machine.check_kernels("".join(model.letters))
-        guard = FiniteGuard(config.train.max_skipped_steps, folder.path)
+        guard = StepGuard(config.health, config.train.max_skipped_steps, folder.path)
         preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)
         if config.train.compile == "blocks":
             compile_blocks(model)
 
-        with StopSignals() as signals, Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
+        with Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
             for batch in batches:
                 batch = batch.to(machine.device)
                 triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
@@ -107,7 +107,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                     measured.add(loss)
 
                 grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
-                accepted = guard.accepts(measured.total, grad_norm, batch)
+                accepted = guard.accepts(measured, grad_norm, batch, state)
                 if accepted:
                     progress_made = (state.tokens + loss_tokens) / config.train.tokens
                     factor = learning_rate_factor(config.schedule, progress_made)

@@ -19,6 +19,7 @@ from losses.objective import STPConfig
 from model.hybrid import ModelConfig
 from model.pattern import parse_pattern
 from training.checkpoint import CheckpointConfig
+from training.health import HealthConfig
 from training.metrics import WandbConfig
 from training.optimizer import OptimizerConfig
 from training.schedule import ScheduleConfig
@@ -96,6 +97,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self) -> list[str]:
@@ -107,7 +109,17 @@ class RunConfig:
         require(self.threads is None or self.threads > 0, "threads", f"expected at least 1, got {self.threads}")
         require(self.run_id is None or Path(self.run_id).name == self.run_id, "run_id", "expected a plain folder name")
         pattern = parse_pattern(self.model.pattern, self.model.depth)
-        for section in ("model", "data", "train", "optimizer", "schedule", "validation", "checkpoint", "wandb"):
+        for section in (
+            "model",
+            "data",
+            "train",
+            "optimizer",
+            "schedule",
+            "validation",
+            "checkpoint",
+            "health",
+            "wandb",
+        ):
             getattr(self, section).validate(section)
         warnings = list(pattern.warnings)
         warnings += self.stp.validate("stp", pattern.letters, self.train.tokens, self.data.sequence_length)
@@ -116,13 +128,16 @@ class RunConfig:
     @property
     def sha256(self) -> str:
         """Identity of the experiment: everything but the run's name and how it was started."""
-        merged = dataclasses.asdict(self)
-        for key in ("run_id", "resume"):
-            del merged[key]
-        return hashlib.sha256(json.dumps(merged, sort_keys=True).encode()).hexdigest()
+        return config_sha256(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+
+
+def config_sha256(merged: dict[str, Any]) -> str:
+    """Of a merged config as plain values (also one read back from a run folder's config.yaml)."""
+    identity = {key: value for key, value in merged.items() if key not in ("run_id", "resume")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from dataclasses import asdict
 from types import TracebackType
@@ -12,28 +13,35 @@ from torch import Tensor
 
 from data.prepared import Prepared
 from data.stream import validation_batches
-from errors import InputError, PreflightError, Stopped
+from errors import InputError, PreflightError, Stopped, StorageError
 from losses.objective import Objective
 from losses.triples import Triples
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer, load_checkpoint
+from training.announce import closing, opening
 from training.config import RunConfig
-from training.durable import write_durably
+from training.drift import DriftMonitor, device_memory
+from training.durable import replace_atomically
 from training.environment import describe_environment, git_state
 from training.evaluate import sample_text, validate
 from training.hardware import Machine
 from training.measured import Measured, State, step_metrics
 from training.metrics import Tracker
-from training.optimizer import optimizer_tensors
+from training.ownership import Ownership, process_identity
 from training.preflight import Preflight, PreflightReport, require_ok
 from training.progress import Progress, SpeedMeter, Status
 from training.receipt import Receipt
-from training.run import RunFolder, find_checkpoint, process_identity
+from training.run import RunFolder
+from training.saving import Saver
 from training.summary import as_receipt
+from training.watchdog import Watchdog
 
 
 class Run:
-    """A context manager: leaving it closes the receipt with the reason, whatever that is."""
+    """A context manager: leaving it closes the receipt with the reason, whatever that is.
+
+    Entering it makes this process the owner of the run folder. Raises InputError (owned by another process, damaged or
+    foreign checkpoint) or StorageError (a folder that cannot be written).
+    """
 
     def __init__(
         self,
@@ -51,17 +59,33 @@ class Run:
         T = config.data.sequence_length
         self.meter = SpeedMeter(config.train.tokens, 3 * model.flops_per_token(T), machine.gflops)
         self.progress = Progress(self.meter)
-        self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, self.progress.message)
+        self.saver = Saver(config, folder, model, optimizer, self.progress.message)
+        self.drift = DriftMonitor(config.health, self._warn, device_memory(machine.device))
+        self.watchdog = Watchdog(config.health.hung_step_seconds, folder.path, self._hung)
         self.warnings = warnings
         self.proven = self.proven_open = False
+        self.owner: Ownership | None = None
 
     def __enter__(self) -> Run:
+        try:
+            self._open()
+        except OSError as error:
+            where = error.filename or self.folder.path
+            problem = StorageError(f"{where}: the run cannot begin: {error.strerror or error}")
+            self._abandon(problem)
+            raise problem from None
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        return self
+
+    def _open(self) -> None:
         config, folder = self.config, self.folder
         letters = "".join(self.model.letters)
-        self.restored = self._restore()
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not folder.resumes:
-            write_durably(folder.path / "config.yaml", config.to_yaml().encode())
+        self.owner = folder.claim(config)
+        self.restored = state = self.saver.restore()
+        if not (folder.path / "config.yaml").exists():
+            replace_atomically(folder.path / "config.yaml", config.to_yaml().encode())
         self.receipt = Receipt.start(
             folder.path,
             folder.run_id,
@@ -70,13 +94,16 @@ class Run:
             environment=describe_environment(self.machine.device),
             message=self.progress.message,
             process=process_identity(),
-            data={"manifest_sha256": self.data.manifest_sha256, "tokenizer_sha256": self.data.tokenizer.sha256},
+            data={
+                "manifest_sha256": self.data.manifest_sha256,
+                "tokenizer_sha256": self.data.tokenizer.sha256,
+                "folder": str(self.data.folder),
+            },
             stp={"enabled": config.stp.enabled, "boundaries": self.objective.boundaries if config.stp.enabled else []},
             model=as_receipt(self.model, config.data.sequence_length),
             kernels=self.machine.kernels(letters),
             machine=self.machine.describe(),
         )
-        state = self.restored
         self.receipt.resume(state.step, state.tokens, state.live_tokens)
         self.tracker = Tracker(
             folder.path,
@@ -87,31 +114,9 @@ class Run:
             message=self.progress.message,
         )
         self.progress.__enter__()
-        self._announce(letters)
-        return self
-
-    def _announce(self, letters: str) -> None:
-        say, model = self.progress.message, as_receipt(self.model, self.config.data.sequence_length)
-        for warning in [*self.warnings, *self.data.notes]:
-            say(f"note: {warning}")
-        say(f"run {self.folder.path}" + (f", continued from step {self.restored.step}" if self.folder.resumes else ""))
-        say(f"machine: {self.machine.describe()}")
-        say("kernels: " + "; ".join(f"{name}: {kernel}" for name, kernel in self.machine.kernels(letters).items()))
-        say(f"data: {self.data.name}, {self.data.train_tokens:,} training tokens, vocabulary {self.data.vocab_size:,}")
-        say(f"model: {letters}, {model['parameters']:,} parameters, {model['active_parameters']:,} per token")
-
-    def _restore(self) -> State:
-        """Fills model and optimizer from the newest valid checkpoint, or the model from `init_from`."""
-        tensors = self._tensors()
-        path = self.checkpoints.latest_valid() if self.folder.resumes else None
-        if path is not None:
-            stored = load_checkpoint(path, tensors)
-            return State(**stored["run"])
-        if self.folder.resumes:
-            self.progress.message(f"{self.folder.path}: no valid checkpoint, starting from the beginning")
-        elif self.config.init_from is not None:
-            load_checkpoint(find_checkpoint(self.config.init_from), {"model": tensors["model"]})
-        return State()
+        for line in opening(folder, state, self.machine, self.data, self.model, self.warnings):
+            self.progress.message(line)
+        self.watchdog.__enter__()
 
     def prove(self, preflight: Preflight, batch: Any, triples: Triples | None, state: State, stp_weight: float) -> None:
         """Preflight before this process's first step, and its gradient checks again when the gate opens.
@@ -162,14 +167,20 @@ class Run:
             counts = {"tokens": state.tokens, "skipped_steps": state.skipped_steps}
             speed = {"tokens_per_second": self.meter.tokens_per_second, "gemm_share": self.meter.recent_gemm_share}
             rates = {"learning_rate": learning_rate, "grad_norm": float(grad_norm), "stp/weight": stp_weight}
+            self.drift.observe(state.step, self.meter.tokens_per_second)
             found = step_metrics(measured, self.objective, self.model.moe_mixers())
             self.tracker.log(state.step, {**counts, **found, **rates, **speed})
         if not accepted:
-            self.progress.message(f"step {state.step}: loss or gradient not finite, skipped ({state.skipped_steps})")
+            reason = "an outlier" if math.isfinite(measured.total + float(grad_norm)) else "not finite"
+            self.progress.message(
+                f"step {state.step}: loss or gradient norm is {reason}, skipped ({state.skipped_steps} so far)"
+            )
+        self.watchdog.beat()
         if ended or self._validation_is_due(state.tokens - n_tokens, state.tokens):
             self._validate(state)
-        if ended or self.checkpoints.due(state.step):
+        if ended or self.saver.due(state.step):
             self._save(state)
+        self.watchdog.beat()
 
     def _validation_is_due(self, before: int, after: int) -> bool:
         """Whether a multiple of every_fraction of the budget lies in (before, after]: the same after any resume."""
@@ -201,60 +212,62 @@ class Run:
             self.progress.message("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
         self.meter.pause()
 
-    def _tensors(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
-
     def _save(self, state: State) -> None:
         self.tracker.sync()
-        stored = {"run": asdict(state), "config_sha256": self.config.sha256}
-        self.checkpoints.save(state.step, self._tensors(), stored)  # says itself what goes wrong; the run goes on
-        self._list_checkpoints()
+        self.saver.save(state, self.receipt)
         self.meter.pause()
-
-    def _list_checkpoints(self) -> None:
-        for saved in self.checkpoints.saved:
-            self.receipt.checkpoint(saved.step, saved.state["run"]["tokens"], saved.path, saved.manifest_sha256)
-
-    def _finish_saving(self, state: State) -> None:
-        """Raises OSError unless this very step is on the disk: what follows claims that it is."""
-        problem = self.checkpoints.wait()
-        self._list_checkpoints()
-        if problem or not self.checkpoints.saved or self.checkpoints.saved[-1].step != state.step:
-            raise OSError(f"the last checkpoint (step {state.step}) could not be saved: {problem}")
 
     def stop(self, state: State, status: str) -> None:
         """Saves and raises Stopped (exit code 4). status: stopped or preempted."""
         self._save(state)
-        self._finish_saving(state)
+        self.saver.confirm(state, self.receipt)
         raise Stopped(f"{status} at step {state.step}; the same command continues {self.folder.path}")
 
     def finish(self, state: State) -> None:
         """Waits for the last checkpoint, closes the receipt and says what to type next."""
-        self._finish_saving(state)
+        self.saver.confirm(state, self.receipt)
         if self.config.stp.enabled and not self.objective.is_control and not state.live_tokens:
             raise PreflightError("STP is on but was never live: the gate opened on no step with a valid triple")
-        self.receipt.finish("finished", steps=state.step, skipped_steps=state.skipped_steps)
-        metrics, live = self.receipt.content["metrics"], state.live_tokens
-        say = self.progress.message
-        say(f"finished: {state.step:,} steps, {state.tokens:,} tokens, {metrics['tokens_per_second']:,.0f} tokens/s")
-        if self.config.stp.enabled:
-            say(f"STP live over tokens {live}" if live else "STP: control, no live tokens")
-        say(f"run folder: {self.folder.path}")
-        path, again = self.folder.path, f"run_id={self.folder.run_id}-more init_from={self.folder.run_id}"
-        say(f"next: python -m scripts.plot_run {path}   (draw its curves)")
-        say(f"      python train.py {path}/config.yaml {again}   (train on from these weights)")
+        self._close("finished", steps=state.step, skipped_steps=state.skipped_steps)
+        for line in closing(self.folder, state, self.receipt.content["metrics"], self.config.stp.enabled):
+            self.progress.message(line)
+
+    def _warn(self, text: str) -> None:
+        """A line in the log, and in the receipt."""
+        self.progress.message(f"warning: {text}")
+        self.receipt.content.setdefault("warnings", []).append(text)
+
+    def _hung(self, reason: str) -> None:
+        """From the watchdog's thread, just before it ends the process."""
+        self.progress.message(reason)
+        self.receipt.finish("crashed", reason)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.checkpoints.wait()
+        self.watchdog.__exit__()
+        self.saver.wait()
         if isinstance(error, Stopped):
-            self.receipt.finish("preempted" if str(error).startswith("preempted") else "stopped", str(error))
+            self._close("preempted" if str(error).startswith("preempted") else "stopped", str(error))
         elif isinstance(error, PreflightError):
-            self.receipt.finish("refused", str(error))
+            self._close("refused", str(error))
         elif isinstance(error, (InputError, KeyboardInterrupt)):
-            self.receipt.finish("stopped", str(error) or "interrupted")
+            self._close("stopped", str(error) or "interrupted")
+        elif isinstance(error, StorageError):
+            self._close("crashed", str(error))
         elif error is not None:
-            self.receipt.finish("crashed", "".join(traceback.format_exception(error)))
+            self._close("crashed", "".join(traceback.format_exception(error)))
         self.tracker.close(self.receipt.content["metrics"])
         self.progress.__exit__()
+        if self.owner is not None:
+            self.owner.release()
+
+    def _close(self, status: str, reason: str | None = None, **fields: Any) -> None:
+        self.receipt.finish(status, reason, metrics_file=self.tracker.digest(), **fields)
+
+    def _abandon(self, error: BaseException) -> None:
+        """The opening failed: whatever of it is there already is closed."""
+        if hasattr(self, "receipt"):
+            self.receipt.finish("crashed", str(error))
+        if self.owner is not None:
+            self.owner.release()

@@ -13,12 +13,14 @@ from losses.objective import Objective, ObjectiveOutput
 
 @dataclass
 class State:
-    """What a checkpoint holds beside tensors. tokens: loss-bearing ones consumed; live_tokens: where STP acted."""
+    """What a checkpoint holds beside tensors. tokens: loss-bearing ones consumed; live_tokens: where STP acted;
+    recent: [loss, gradient norm] of the last finite steps, where outliers are judged by them."""
 
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     live_tokens: list[list[int]] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import require, require_choice
-from training.durable import fsync_path
+from training.durable import fsync_path, sha256_file
 from training.wandb_writer import WandbWriter
 
 METRICS = "metrics.jsonl"
@@ -92,6 +92,15 @@ class Tracker:
             os.fsync(self._file.fileno())
         except OSError as error:
             self.message(f"{self.path}: not synced: {error.strerror}")
+
+    def digest(self) -> dict[str, Any]:
+        """Writes what is left and identifies the file: {"bytes", "sha256"}, and "unwritten" records if there are."""
+        self._write()
+        lost = {"unwritten": len(self._unwritten)} if self._unwritten else {}
+        try:
+            return {"bytes": self.path.stat().st_size, "sha256": sha256_file(self.path), **lost}
+        except OSError as error:
+            return {"bytes": None, "sha256": None, "problem": str(error.strerror), **lost}
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Writes what is left; tells wandb that the run is over, with final values if given."""

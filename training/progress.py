@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -109,21 +110,24 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
     def update(self, status: Status, *, line: bool = False) -> None:
         text = format_status(status, self.meter)
         if self._live is None:
             if line:
-                self.console.print(text, soft_wrap=True, markup=False)
+                self.message(text)
         elif line or time.monotonic() - self._drawn > 0.25:
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            with contextlib.suppress(OSError):
+                self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
             self._drawn = time.monotonic()
 
     def message(self, text: str) -> None:
         """A line that stays: above the live line, or between the plain ones. Corpus text is shown as it is."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError):  # a full disk below the log, a terminal that is gone: the run goes on
+            self.console.print(text, soft_wrap=True, markup=False)
 
 
 def format_status(status: Status, meter: SpeedMeter) -> str:

@@ -73,7 +73,9 @@ class Receipt:
         now = {"run_id": run_id, "status": "running", "config_sha256": config_sha256, "reason": None, "ended": None}
         content.update(now, git=dict(git), environment=dict(environment))
         _merge(content, fields)
-        content["starts"].append({"time": _utc(), "git": dict(git), "tokens": content["tokens"]})
+        # how the previous start ended: a receipt that still says running was left by a process that died
+        after = {"running": "killed"}.get(earlier.get("status", ""), earlier.get("status"))
+        content["starts"].append({"time": _utc(), "git": dict(git), "tokens": content["tokens"], "after": after})
         receipt = cls(path, content, message, clock)
         for half in path.parent.glob(f".{RECEIPT}.*.tmp"):  # of a process that was killed while writing
             half.unlink(missing_ok=True)
@@ -153,6 +155,15 @@ class Receipt:
             self._failing = True
         else:
             self._failing = False
+
+
+def mark_killed(folder: str | Path) -> None:
+    """Closes the receipt of a process that died without closing it. The caller owns the folder. Raises OSError."""
+    content = read_receipt(folder)
+    if content.get("status") == "running":
+        reason = "its process was found dead: killed, or its machine went down"
+        content |= {"status": "killed", "reason": reason, "ended": _utc()}
+        replace_atomically(Path(folder) / RECEIPT, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any]:

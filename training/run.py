@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from errors import InputError, nearest
 from training.checkpoint import Checkpointer
 from training.config import RunConfig, differing_keys, load_config
-from training.receipt import read_receipt
+from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner
+from training.receipt import RECEIPT, read_receipt
 
 RUNS = Path("runs")
+# What a process that dies right after its start leaves: not a run yet, so that its id stays usable.
+BEGINNING = {LOCK, OWNER}
 UNFINISHED = ("running", "stopped", "preempted", "crashed", "killed")
 
 
 @dataclass
 class RunFolder:
-    """path: runs/<run_id>. resumes: the folder was there and is continued."""
+    """path: runs/<run_id>. resumes: a run was started there and is continued. known: the folder was there."""
 
     path: Path
     resumes: bool
+    known: bool = False
 
     @property
     def run_id(self) -> str:
         return self.path.name
+
+    def claim(self, config: RunConfig) -> Ownership:
+        """Makes this process the only one that runs it; the caller releases. What `choose_run` saw is judged again.
+
+        Raises InputError: another process owns it, began it or finished it in the meantime; OSError: not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=self.known)
+        except FileExistsError:
+            raise InputError(f"{self.path}: another process is starting it") from None
+        owner = Ownership(self.path)
+        owner.take()
+        try:
+            for name in (OWNER, "config.yaml"):
+                for half in self.path.glob(f".{name}.*.tmp"):  # of a process that was killed while writing
+                    half.unlink()
+            _check_can_continue(self.path, config)
+            self.resumes = has_started(self.path)
+        except BaseException:
+            owner.release()
+            raise
+        return owner
 
 
 def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFolder:
     """Resolves `run_id` and `resume` to a folder; creates nothing.
 
     resume auto: an explicit run_id is continued if it exists, else the newest unfinished run of this very config;
-    never: a new folder; anything else: that run. Raises InputError: no such run, a run of another config, a run that
-    is finished, or one whose process is alive.
+    never: a new folder; anything else: that run. A folder where nothing was started yet (`scripts.launch` makes those,
+    and so does a kill right after the start) is begun. Raises InputError: no such run, a run of another config, a run
+    that is finished, or one whose process is alive.
     """
     named = config.resume if config.resume not in ("auto", "never") else config.run_id
     if config.resume == "never":
@@ -46,9 +70,11 @@ def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFol
     if named is not None:
         path = runs / named
         if path.exists():
-            _check_same_config(path, config)
-            _check_can_continue(path)
-            return RunFolder(path, resumes=True)
+            _check_can_continue(path, config)
+            owner = live_owner(path)
+            if owner is not None:
+                raise InputError(f"{path}: {describe_owner(owner)} is running it")
+            return RunFolder(path, has_started(path), known=True)
         if config.resume != "auto":
             raise InputError(f"resume: no run {path}{nearest(named, _run_ids(runs))}")
         return RunFolder(path, resumes=False)
@@ -56,8 +82,8 @@ def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFol
     for run_id in (path.parent.name for path in newest_first):
         receipt = read_receipt(runs / run_id)
         unfinished = receipt.get("config_sha256") == config.sha256 and receipt.get("status") in UNFINISHED
-        if unfinished and not _alive(receipt):
-            return RunFolder(runs / run_id, resumes=True)
+        if unfinished and live_owner(runs / run_id) is None:
+            return RunFolder(runs / run_id, resumes=True, known=True)
     return RunFolder(runs / new_run_id(config_name, runs), resumes=False)
 
 
@@ -81,43 +107,25 @@ def find_checkpoint(name: str, runs: Path = RUNS) -> Path:
     return found
 
 
-def process_identity() -> dict[str, Any]:
-    """Who runs this: goes into the receipt, so that a second start can tell a live owner from a dead one."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+def has_started(path: Path) -> bool:
+    """Whether a process ever opened this run: it left a receipt or checkpoints."""
+    return (path / RECEIPT).exists() or (path / "checkpoints").is_dir()
 
 
 def _run_ids(runs: Path) -> list[str]:
     return [path.parent.name for path in runs.glob("*/receipt.json")]
 
 
-def _alive(receipt: dict[str, Any]) -> bool:
-    process = receipt.get("process", {})
-    if receipt.get("status") != "running" or process.get("host") != socket.gethostname():
-        return False
-    return process.get("started") is not None and _start_time(process.get("pid", -1)) == process["started"]
-
-
-def _start_time(pid: int) -> str | None:
-    """The kernel's start tick of a process: tells a recycled pid from its former owner."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _check_same_config(path: Path, config: RunConfig) -> None:
+def _check_can_continue(path: Path, config: RunConfig) -> None:
     stored = path / "config.yaml"
-    if not stored.is_file():
+    if stored.is_file():
+        keys = differing_keys(load_config(stored), config)
+        if keys:
+            listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise InputError(
+                f"{path}: is a run of a different config ({listed}); choose another run_id or the same values"
+            )
+    elif not path.is_dir() or any(e.name not in BEGINNING and e.suffix != ".tmp" for e in path.iterdir()):
         raise InputError(f"{path}: no config.yaml, so this is no run that could be continued; choose another run_id")
-    keys = differing_keys(load_config(stored), config)
-    if keys:
-        listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        raise InputError(f"{path}: is a run of a different config ({listed}); choose another run_id or the same values")
-
-
-def _check_can_continue(path: Path) -> None:
-    receipt = read_receipt(path)
-    if receipt.get("status") == "finished":
+    if read_receipt(path).get("status") == "finished":
         raise InputError(f"{path}: is finished; choose another run_id, or init_from={path.name} to train on from it")
-    if _alive(receipt):
-        raise InputError(f"{path}: process {receipt['process']['pid']} is running it")

@@ -18,6 +18,7 @@ from torch import Tensor
 from errors import InputError, nearest
 
 Tree = Mapping[str, Any]  # nested mappings of str to Tensor
+Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
@@ -60,24 +61,33 @@ def read_tensors(folder: Path, into: dict[str, Tensor], sections: set[str]) -> N
     are the top-level names that must match completely) or if a file is no safetensors file.
     """
     dcp = _dcp()
-    try:
-        stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # safetensors and JSON raise many kinds on bytes that are not theirs
-        raise InputError(f"{folder}: not readable as safetensors: {_one_line(error)}") from None
-    wanted = {name for name in stored if name.split(".", 1)[0] in sections}
-    for name in sorted(into.keys() ^ wanted):
-        if name in into:
-            raise InputError(f"{folder}: has no tensor {name}{nearest(name, wanted)}; it is of another model")
-        raise InputError(f"{folder}: has a tensor {name} that the model here lacks{nearest(name, into)}")
-    for name, tensor in into.items():
-        there = (tuple(stored[name].size), stored[name].properties.dtype)
-        here = (tuple(tensor.shape), tensor.dtype)
-        if there != here:
-            raise InputError(f"{folder}: tensor {name} is {_spell(*there)}, the model here has {_spell(*here)}")
+    stored = stored_shapes(folder)
+    require_same(folder, {name: stored[name] for name in stored if name.split(".", 1)[0] in sections}, into)
     try:
         dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.CheckpointException as error:
         raise InputError(f"{folder}: not readable: {_one_line(_cause(error))}") from None
+
+
+def stored_shapes(folder: Path) -> dict[str, Shape]:
+    """name -> (shape, dtype) of every tensor in a folder of `write_tensors`. Raises InputError."""
+    try:
+        stored = _dcp().HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
+    except Exception as error:  # safetensors and JSON raise many kinds on bytes that are not theirs
+        raise InputError(f"{folder}: not readable as safetensors: {_one_line(error)}") from None
+
+
+def require_same(source: Path, stored: Mapping[str, Shape], into: Mapping[str, Tensor]) -> None:
+    """Raises InputError naming the first tensor whose name, shape or dtype differs."""
+    for name in sorted(into.keys() ^ stored.keys()):
+        if name in into:
+            raise InputError(f"{source}: has no tensor {name}{nearest(name, stored)}; it is of another model")
+        raise InputError(f"{source}: has a tensor {name} that the model here lacks{nearest(name, into)}")
+    for name, tensor in into.items():
+        here = (tuple(tensor.shape), tensor.dtype)
+        if stored[name] != here:
+            raise InputError(f"{source}: tensor {name} is {_spell(*stored[name])}, the model here has {_spell(*here)}")
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,8 @@ import pytest
 
 from errors import InputError
 from training.config import RunConfig
-from training.run import choose_run, find_checkpoint, process_identity
+from training.ownership import process_identity
+from training.run import choose_run, find_checkpoint
 
 
 @pytest.fixture
@@ -16,8 +17,9 @@ def make(tmp_path):
         folder = tmp_path / run_id
         folder.mkdir()
         (folder / "config.yaml").write_text(config.to_yaml())
-        receipt = {"status": status, "config_sha256": config.sha256, "process": process or {"pid": 1, "host": "x"}}
-        (folder / "receipt.json").write_text(json.dumps(receipt))
+        (folder / "receipt.json").write_text(json.dumps({"status": status, "config_sha256": config.sha256}))
+        if process:
+            (folder / "owner.json").write_text(json.dumps(process))
         return folder
 
     make.root = tmp_path
@@ -52,6 +54,57 @@ def test_a_run_whose_process_is_alive_is_left_alone(make):
 def test_a_recycled_pid_is_not_the_owner(make):
     make("stale", process=process_identity() | {"started": "1"})
     assert choose(make).run_id == "stale"
+
+
+def test_one_process_claims_a_folder_and_a_second_start_is_refused(make):
+    first, second = choose(make, run_id="new"), choose(make, run_id="new")
+    owner = first.claim(RunConfig())
+    with pytest.raises(InputError, match="another process is starting it"):
+        second.claim(RunConfig())
+    with pytest.raises(InputError, match=r"process \d+ on .* is running it"):
+        choose(make, run_id="new")
+    owner.release()
+    again = choose(make, run_id="new")
+    assert again.known and not again.resumes
+    again.claim(RunConfig()).release()
+
+
+def test_what_changed_between_choosing_and_claiming_is_judged_again(make):
+    make("x", status="stopped")
+    folder = choose(make, run_id="x")
+    receipt = make.root / "x" / "receipt.json"
+    receipt.write_text(json.dumps({"status": "finished"}))
+    with pytest.raises(InputError, match="is finished"):
+        folder.claim(RunConfig())
+    receipt.write_text(json.dumps({"status": "stopped"}))
+    folder.claim(RunConfig()).release()  # the refused claim kept nothing
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".owner.json.7.tmp", ".config.yaml.7.tmp"]])
+def test_a_kill_right_after_the_start_leaves_the_id_usable(make, left):
+    folder = make.root / "dead"
+    folder.mkdir()
+    for name in left:
+        (folder / name).write_text("half")
+    chosen = choose(make, run_id="dead")
+    chosen.claim(RunConfig()).release()
+    assert not chosen.resumes and {path.name for path in folder.iterdir()} == {".lock"}
+
+
+def test_a_foreign_folder_is_no_run(make):
+    (make.root / "photos").mkdir()
+    (make.root / "photos" / "cat.png").write_text("x")
+    with pytest.raises(InputError, match=r"no config.yaml, so this is no run"):
+        choose(make, run_id="photos")
+
+
+def test_a_prepared_folder_is_begun_and_one_with_checkpoints_is_continued(make):
+    folder = make.root / "prepared"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(RunConfig().to_yaml())
+    assert not choose(make, run_id="prepared").resumes
+    (folder / "checkpoints").mkdir()
+    assert choose(make, run_id="prepared").resumes
 
 
 def test_a_different_config_names_the_keys(make):

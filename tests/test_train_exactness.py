@@ -1,0 +1,73 @@
+"""What a run must not depend on: interruptions, micro-batches, a bad step."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import last_weights, losses, make_place, receipt, start
+
+import train
+from errors import Stopped
+from training.lifecycle import Run
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("stop_after", [5, 7])
+def test_resume_is_exact(place, monkeypatch, stop_after):
+    """All four letters, the ramp in progress, accumulation 2, a validation on the way: equal to the last bit."""
+    start(monkeypatch, "run_id=whole")
+    honest = Run.record
+
+    def record(self, state, *args):
+        honest(self, state, *args)
+        if state.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "record", record)
+    with pytest.raises(Stopped):
+        start(monkeypatch, "run_id=parts")
+    assert receipt("parts")["status"] == "stopped"
+    monkeypatch.setattr(Run, "record", honest)
+    start(monkeypatch, "run_id=parts")
+    assert losses("parts") == losses("whole")
+    whole, parts = last_weights("whole"), last_weights("parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert receipt("parts")["stp"]["live_tokens"] == receipt("whole")["stp"]["live_tokens"]
+
+
+def test_accumulation_changes_nothing_but_rounding(place, monkeypatch):
+    for parts in (1, 2, 4):
+        start(monkeypatch, f"run_id=acc{parts}", f"train.accumulation={parts}", "train.tokens=1000", "precision=fp32")
+    columns = [[record["loss/total"] for record in losses(f"acc{n}") if "loss/total" in record] for n in (1, 2, 4)]
+    for other in columns[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(columns[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_skipped_step_is_counted_and_too_many_end_the_run(place, monkeypatch):
+    honest = train.clip_gradients
+    calls = []
+
+    def poison(parameters, limit):
+        calls.append(1)
+        parameters = list(parameters)
+        for parameter in parameters if len(calls) in bad else []:
+            parameter.grad.fill_(torch.nan)
+        return honest(parameters, limit)
+
+    monkeypatch.setattr(train, "clip_gradients", poison)
+    bad = {3}
+    start(monkeypatch, "run_id=a", "train.tokens=900")
+    assert receipt("a")["skipped_steps"] == 1
+    assert all(bool(torch.isfinite(value).all()) for value in last_weights("a").values())
+    calls.clear()
+    bad = set(range(2, 1000))
+    with pytest.raises(FloatingPointError, match="2 steps in a row"):
+        start(monkeypatch, "run_id=b", "train.max_skipped_steps=2")
+    assert receipt("b")["status"] == "crashed" and "FloatingPointError" in receipt("b")["reason"]
+    assert Path("runs/b/offending_batch.safetensors").is_file()

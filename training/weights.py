@@ -1,0 +1,64 @@
+"""Weights alone, for exchange: one safetensors file with the config in its metadata. Never a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from errors import InputError
+from training.checkpoint import load_checkpoint
+from training.durable import replace_atomically, sha256_file
+from training.run import find_checkpoint
+from training.tensor_store import flatten, require_same, stored_shapes
+
+FORMAT = "amer-weights-1"
+
+
+def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> list[str]:
+    """Writes the weights of a checkpoint (names as in `HybridLM.state_dict`, a tied head once) and `target`.sha256.
+
+    Returns the names. Raises InputError for a damaged checkpoint, OSError if the target cannot be written.
+    """
+    stored = stored_shapes(checkpoint / "tensors")
+    weights = {
+        name.removeprefix("model."): torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in stored.items()
+        if name.startswith("model.")
+    }
+    load_checkpoint(checkpoint, {"model": weights})
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        save_file(weights, temporary, {"format": "pt", "amer_format": FORMAT, **metadata})
+        digest = sha256_file(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    replace_atomically(target.with_name(f"{target.name}.sha256"), f"{digest}  {target.name}\n".encode())
+    return sorted(weights)
+
+
+def load_weights(name: str, model: nn.Module) -> None:
+    """Fills a model from a run id, a run or checkpoint folder, or a file of `export_weights`.
+
+    A file is compared with the hash beside it (`X.sha256`) where there is one: safetensors itself does not notice
+    damage. Raises InputError: not there, damaged, or of another model (nothing is filled then).
+    """
+    path = Path(name)
+    into = flatten(model.state_dict())
+    if not path.is_file():
+        load_checkpoint(find_checkpoint(name), {"model": into})
+        return
+    beside = path.with_name(f"{path.name}.sha256")
+    if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [sha256_file(path)]:
+        raise InputError(f"{path}: damaged: its sha256 is not the one in {beside.name}")
+    try:
+        stored = load_file(path)
+    except Exception as error:  # safetensors raises many kinds on bytes that are not its own
+        raise InputError(f"{path}: not a safetensors file: {error}") from None
+    require_same(path, {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}, into)
+    with torch.no_grad():
+        for key, tensor in into.items():
+            tensor.copy_(stored[key])
