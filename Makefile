@@ -8,9 +8,11 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 CODE   := model blocks losses data training analysis scripts tests train.py errors.py
 CONFIG ?= configs/demo.yaml
+# Triton kernels: 1 = in the interpreter (no GPU needed), 0 = on the GPU.
+INTERPRET ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cuda train test check format lock
+.PHONY: help setup setup-cuda train test test-oracles check bench format lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,10 +38,18 @@ train: $(VENV)/.ready ## train the default run (configs/demo.yaml); again: conti
 test: $(VENV)/.ready ## the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
 
+test-oracles: $(VENV)/.ready ## our blocks against transformers and against mamba-ssm's Triton kernels (interpreted on a CPU)
+	$(PY) -m scripts.peers
+	OMP_NUM_THREADS=1 .venvs/hf/bin/python -m pytest tests/oracle_suites/hf
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=$(INTERPRET) .venvs/kernels/bin/python -m pytest tests/oracle_suites/kernels
+
 check: $(VENV)/.ready ## format, lint, types
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m mypy
+
+bench: $(VENV)/.ready ## speed against named peers, each ratio beside its bar and its goal (about 15 minutes)
+	$(PY) -m scripts.bench
 
 format: $(VENV)/.ready ## format the code in place
 	$(PY) -m ruff check --fix --quiet $(CODE)

@@ -50,6 +50,14 @@ def gradients(mixer, y, leaf, cotangent):
     return {"y": y.detach(), **dict(zip(("x", *named), found, strict=True))}
 
 
+def alone(mixer, x, lengths):
+    return torch.cat([mixer(part) for part in x.split(lengths, dim=1)], dim=1)
+
+
+def relative_errors(found, expected):
+    return {n: float((found[n].double() - e.double()).norm() / e.double().norm()) for n, e in expected.items()}
+
+
 @pytest.mark.parametrize("lengths", [[90], [30, 1, 59], [16, 16, 58]], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(1, 64, 64, 64, 256), (2, 16, 8, 16, 16), (4, 8, 24, 32, 64)], ids=["default", "small", "odd"]
@@ -63,8 +71,15 @@ def test_equals_the_transformers_mixer(precision, sizes, lengths):
     leaf, peer_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
         y = own(leaf, SequenceContext.from_document_ids(ids))
-    y_peer = torch.cat([peer(part) for part in peer_leaf.split(lengths, dim=1)], dim=1)  # float32 where we are lower
-    found, expected = gradients(own, y, leaf, cotangent), gradients(peer, y_peer, peer_leaf, cotangent)
+    # The peer in float32 (float64) is what both are measured against where we run lower.
+    expected = gradients(peer, alone(peer, peer_leaf, lengths), peer_leaf, cotangent)
+    found = gradients(own, y, leaf, cotangent)
     assert found.keys() == expected.keys()
-    errors = {n: float((found[n].double() - e.double()).norm() / e.double().norm()) for n, e in expected.items()}
-    assert max(errors.values()) < TOLERANCE[precision], errors
+    errors = relative_errors(found, expected)
+    allowed = dict.fromkeys(errors, TOLERANCE[precision])
+    if lowered:  # a sum that cancels (D has one number a head) loses relative precision in anybody's bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            y_peer = alone(peer, peer_leaf, lengths)
+        theirs = relative_errors(gradients(peer, y_peer, peer_leaf, cotangent), expected)
+        allowed = {name: max(TOLERANCE[precision], 1.5 * error) for name, error in theirs.items()}
+    assert all(errors[name] < allowed[name] for name in errors), (errors, allowed)

@@ -57,12 +57,34 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a, **k: properties)
 
 
+def products_of_numbers(monkeypatch):
+    """The interpreter keeps bfloat16 as uint16 and its tl.dot multiplies those bit patterns (Triton 3.9: the product
+    of two matrices of ones gives 16256^2 per term). Hands it float32 instead, which holds every bfloat16 exactly."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16 or handle.data.dtype != np.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    original = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest),
+    )
+
+
 @pytest.fixture
 def triton_scan(without_gpu, monkeypatch):
     """Makes `ssd` call mamba-ssm's kernel, as on a GPU."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if not ON_GPU:  # one configuration each: nothing to time and choose from
+    if not ON_GPU:
+        products_of_numbers(monkeypatch)
+        # one configuration each: nothing to time and choose from
         modules = [m for name, m in sys.modules.items() if name.startswith("mamba_ssm.ops.triton")]
         for value in [v for m in modules for v in vars(m).values() if isinstance(v, triton.runtime.Autotuner)]:
             monkeypatch.setattr(value, "configs", value.configs[-1:])
