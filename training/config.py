@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ class RunConfig:
         require_choice("malloc", self.malloc, ["default", "tuned"])
         require_number("seed", self.seed, 0)
         require(self.threads is None or self.threads > 0, "threads", f"expected at least 1, got {self.threads}")
-        require(self.run_id is None or Path(self.run_id).name == self.run_id, "run_id", "expected a plain folder name")
+        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,127}", self.run_id):
+            raise InputError(f"run_id: expected a plain folder name (letters, digits, _ . + = -), got {self.run_id!r}")
         pattern = parse_pattern(self.model.pattern, self.model.depth)
         for section in (
             "model",

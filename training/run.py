@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFol
 
 def new_run_id(config_name: str, runs: Path = RUNS) -> str:
     """<config name>-<time>, made unique by a counter when two start within a second."""
-    base = f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = f"{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', config_name).lstrip('.-') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [base, *(f"{base}-{i}" for i in range(2, 1000))]
     return next(name for name in candidates if not (runs / name).exists())
 

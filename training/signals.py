@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,10 +19,18 @@ class StopSignals:
     Use as a context manager on the main thread: the handlers that were there come back afterwards. The loop saves and
     leaves when `requested`. The second signal exits with code 1 without cleaning up, which the disk survives: a
     checkpoint in flight is a temporary folder that is never read.
+
+    A launcher (torchrun, srun) may pass its own copy of a signal on, so below one the same signal within two seconds
+    is one wish.
     """
 
-    def __init__(self) -> None:
+    ECHO_SECONDS = 2.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.name: str | None = None
+        self._clock = clock
+        self._since = 0.0
+        self._echoes = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"))
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -44,10 +54,12 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self._echoes and name == self.name and self._clock() - self._since < self.ECHO_SECONDS:
+            return
         if self.name is not None:
             _say(f"second signal ({name}): exiting without a save")
             os._exit(1)
-        self.name = name
+        self.name, self._since = name, self._clock()
         _say(f"{name}: saving and stopping after this step; once more exits at once")
 
 

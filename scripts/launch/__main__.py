@@ -1,0 +1,260 @@
+"""Starts runs that outlive the terminal, and looks after them: python -m scripts.launch COMMAND.
+
+    start CONFIG [key=value ...] [--gpus N] [--nodes N] [--backend local|slurm] [--time LIMIT] [--sbatch=OPTION]
+    list
+    status RUN [--json]        logs RUN [-f] [-n LINES]
+    stop RUN [--now]           resume RUN [--take-over]
+    collect RUN [--json]
+
+Everything it knows lies in runs/RUN as files; nothing of it keeps running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from errors import InputError, exit_with, nearest
+from scripts.launch import slurm
+from scripts.launch.collect import print_collected, verify_run
+from scripts.launch.job import LOG, Job, local_process, start_local, stop_local
+from scripts.launch.status import ALIVE, RunStatus, describe, print_list, print_status, state_of
+from training.config import load_config
+from training.durable import replace_atomically
+from training.ownership import OWNER
+from training.receipt import read_receipt
+from training.run import RUNS, new_run_id
+
+STOP_SECONDS = 300
+
+
+def main() -> int:
+    arguments = _parser().parse_intermixed_args() if _starts() else _parser().parse_args()
+    return COMMANDS[arguments.command](arguments)
+
+
+def start(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if config.resume not in ("auto", "never"):
+        raise InputError(f"resume: to continue a run use `python -m scripts.launch resume {config.resume}`")
+    config.resume = "auto"
+    config.run_id = config.run_id or new_run_id(Path(arguments.config).stem)
+    for warning in config.validate():
+        print(f"note: {warning}")
+    job = Job(arguments.backend, arguments.gpus, arguments.nodes, arguments.sbatch, arguments.time)
+    _check_job(job)
+    folder = RUNS / config.run_id
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        advice = f"choose another, or `python -m scripts.launch resume {config.run_id}`"
+        raise InputError(f"run_id: {folder} exists already; {advice}") from None
+    replace_atomically(folder / "config.yaml", config.to_yaml().encode())
+    _begin(folder, job)
+    return 0
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    folder = RUNS / _folder(arguments.run).name
+    if not folder.is_dir():
+        raise InputError(f"{arguments.run}: a run is continued from the folder above its {RUNS}/")
+    status = describe(folder)
+    if arguments.take_over:
+        (folder / OWNER).unlink(missing_ok=True)  # the word of a person: that machine is gone
+    elif status.is_alive:
+        raise InputError(f"{folder}: is {status.state}" + (f" ({status.owner})" if status.owner else ""))
+    if status.state == "finished":
+        again = f"python -m scripts.launch start {folder}/config.yaml run_id={folder.name}-more init_from={folder.name}"
+        raise InputError(f"{folder}: is finished; to train on from its weights: {again}")
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: no config.yaml, so this is no run that could be continued")
+    job = Job.read(folder) or Job("local")
+    job.backend = arguments.backend or job.backend
+    job.gpus = job.gpus if arguments.gpus is None else arguments.gpus
+    _check_job(job)
+    _begin(folder, job)
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    found = describe(_folder(arguments.run))
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print_status(found, Console(highlight=False))
+    return 0
+
+
+def list_runs(arguments: argparse.Namespace) -> int:
+    folders = sorted(path.parent for path in RUNS.glob("*/config.yaml"))
+    found = [describe(folder) for folder in folders]
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+    elif found:
+        print_list(found, Console(highlight=False))
+    else:
+        print(f"no runs under {RUNS}/")
+    return 0
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.run)
+    path = folder / LOG
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a run that train.py started by hand wrote to its own terminal")
+    with path.open(errors="replace") as file:
+        lines = file.readlines()
+        sys.stdout.write("".join(lines[-arguments.lines :] if arguments.lines else lines))
+        sys.stdout.flush()
+        while arguments.follow:
+            alive = state_of(folder)[0] in ALIVE  # asked before reading: what a dying process wrote is still shown
+            while text := file.read():
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            if not alive:
+                break
+            time.sleep(1.0)
+    return 0
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.run)
+    found, job = describe(folder), Job.read(folder)
+    if not found.is_alive:
+        print(f"{folder}: is not running ({found.state})")
+        return 0
+    process = local_process(folder, job)
+    if process is not None:
+        stop_local(process, arguments.now)
+    elif job is not None and job.slurm_job:
+        slurm.stop(job.slurm_job, arguments.now)
+    else:
+        raise InputError(f"{folder}: {found.owner} is running it; stop it there")
+    found = _wait_until_over(folder, arguments.wait)
+    if found.is_alive:
+        print(f"{folder}: still {found.state} after {arguments.wait} s; --now ends it without a save")
+        return 1
+    print(f"{folder}: {found.state} at step {found.step:,}, last checkpoint {found.last_checkpoint or 'none'}")
+    return 0
+
+
+def collect(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.run)
+    found = describe(folder)
+    receipt = read_receipt(folder)
+    if not receipt:
+        raise InputError(f"{folder}: has no receipt; it is {found.state}: {found.reason or 'nothing ran yet'}")
+    checks = verify_run(folder, receipt)
+    wrong = [check for check in checks if check.ok is False]
+    if arguments.json:
+        print(json.dumps({"receipt": receipt, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        print_collected(folder, receipt, checks, Console(highlight=False))
+        if found.is_alive:
+            print(f"still {found.state}: this is what there is so far")
+        verdict = f"{len(wrong)} of {len(checks)} do not match" if wrong else "everything that was checked matches"
+        print(f"{folder}: {verdict}")
+    return 1 if wrong else 0
+
+
+def _begin(folder: Path, job: Job) -> None:
+    try:
+        if job.backend == "slurm":
+            slurm.submit(folder, job)
+        else:
+            start_local(folder, job)
+    except BaseException:
+        if not any((folder / name).exists() for name in ("receipt.json", "checkpoints")):
+            for name in ("config.yaml", LOG, "job.sh"):  # nothing was started: the id stays free
+                (folder / name).unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    where = f"Slurm job {job.slurm_job}" if job.slurm_job else f"process {job.process['pid']}"
+    print(f"{folder.name}  ({where}, log {folder / LOG})")
+    print(f"  python -m scripts.launch status {folder.name}")
+
+
+def _check_job(job: Job) -> None:
+    if job.gpus < 0 or job.nodes < 1:
+        raise InputError(f"--gpus, --nodes: expected at least 0 and 1, got {job.gpus} and {job.nodes}")
+    if job.backend == "local" and (job.nodes > 1 or job.sbatch or job.time_limit):
+        raise InputError("--nodes, --time, --sbatch: need --backend slurm")
+    slurm.check_options([*job.sbatch, *([f"--time={job.time_limit}"] if job.time_limit else [])])
+
+
+def _folder(name: str) -> Path:
+    """A run id, or the path of a run folder. Raises InputError naming the nearest."""
+    folder = RUNS / name if (RUNS / name).is_dir() else Path(name)
+    if not folder.is_dir() or folder.resolve() == RUNS.resolve():
+        known = [path.parent.name for path in RUNS.glob("*/config.yaml")]
+        raise InputError(f"{name}: no such run under {RUNS}/{nearest(name, known)}")
+    return folder
+
+
+def _wait_until_over(folder: Path, seconds: float) -> RunStatus:
+    end = time.monotonic() + seconds
+    while state_of(folder)[0] in ALIVE and time.monotonic() < end:
+        time.sleep(0.2)
+    return describe(folder)
+
+
+COMMANDS = {
+    "start": start,
+    "resume": resume,
+    "status": status,
+    "list": list_runs,
+    "logs": logs,
+    "stop": stop,
+    "collect": collect,
+}
+
+
+def _starts() -> bool:
+    return "start" in sys.argv[1:2]
+
+
+def _parser() -> argparse.ArgumentParser:
+    if _starts():  # overrides and options may be mixed here, which argparse cannot do below sub-commands
+        parser = argparse.ArgumentParser(prog="python -m scripts.launch", description="Start a run that outlives you.")
+        parser.add_argument("command", choices=["start"], help=argparse.SUPPRESS)
+        parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
+        parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. stp.weight=0.05 run_id=first")
+        parser.add_argument("--backend", choices=["local", "slurm"], default="local")
+        parser.add_argument("--gpus", type=int, default=0, help="per node, one process each (default: one process)")
+        parser.add_argument("--nodes", type=int, default=1)
+        parser.add_argument("--time", help="Slurm: the limit of one job, e.g. 24:00:00; it requeues itself")
+        parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
+        return parser
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("start", help="start CONFIG [key=value ...]")
+    for name in ("status", "logs", "stop", "resume", "collect", "list"):
+        command = commands.add_parser(name)
+        if name != "list":
+            command.add_argument("run", help="a run id, or a folder")
+        if name in ("status", "list", "collect"):
+            command.add_argument("--json", action="store_true")
+        if name == "logs":
+            command.add_argument("-f", "--follow", action="store_true", help="until the run ends")
+            command.add_argument("-n", "--lines", type=int, default=0, help="only the last ones (default: all)")
+        if name == "stop":
+            command.add_argument("--now", action="store_true", help="do not wait for a save: kill")
+            command.add_argument("--wait", type=float, default=STOP_SECONDS, help="seconds to wait for the end")
+        if name == "resume":
+            command.add_argument("--backend", choices=["local", "slurm"])
+            command.add_argument("--gpus", type=int)
+            command.add_argument("--take-over", action="store_true", help="the machine that ran it is gone")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,119 @@
+"""Slurm: the batch script of a run, its submission, its state.
+
+The training processes get SIGUSR1 before the time limit, save within a step and close the receipt as `preempted`; the
+script then puts the job back into the queue, and the next start continues from that very step. `srun` starts one task
+per GPU directly, so that signals reach the training and not a launcher in between.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from errors import InputError
+from scripts.launch.job import LOG, Job, train_command
+
+# Seconds before the limit at which Slurm warns: must cover one step and one save. Slurm may warn a minute earlier.
+WARNING_SECONDS = 180
+LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+
+
+def render(folder: Path, job: Job) -> str:
+    """The batch script, complete: it can be read, changed and submitted by hand."""
+    per_node = max(1, job.gpus)
+    options = [
+        f"--job-name={folder.name}",
+        f"--output={folder.resolve() / LOG}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=USR1@{WARNING_SECONDS}",
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={per_node}",
+        *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
+        *([f"--time={job.time_limit}"] if job.time_limit else []),
+        *job.sbatch,
+    ]
+    command = shlex.join(job.command)
+    distributed = ""
+    if job.nodes * per_node > 1:
+        # the variables of torchrun, from those of srun
+        distributed = (
+            'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\n'
+            'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))" WORLD_SIZE="$SLURM_NTASKS"\n'
+        )
+        ranks = 'RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" exec "$@"'
+        command = f"bash -c {shlex.quote(ranks)} rank {command}"
+    receipt = shlex.quote(str(folder.resolve() / "receipt.json"))
+    lines = [f"#SBATCH {option}" for option in options]
+    return (
+        "#!/bin/bash\n"
+        + "\n".join(lines)
+        + f"""
+
+cd {shlex.quote(job.cwd)}
+export PYTHONUNBUFFERED=1
+{distributed}now="$(date '+%Y-%m-%d %H:%M:%S')"
+echo "--- $now job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restarts: ${{SLURM_RESTART_COUNT:-0}}"
+srun --kill-on-bad-exit=1 {command}
+code=$?
+# Preempted by the time limit: the checkpoint is on the disk, the same job continues it. All else is an end.
+if grep -q '"status": "preempted"' {receipt}; then
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60
+fi
+exit "$code"
+"""
+    )
+
+
+def submit(folder: Path, job: Job) -> None:
+    """Writes job.sh and submits it. Raises InputError with sbatch's own words if it is refused."""
+    job.cwd = str(Path.cwd())
+    job.command = train_command(folder.resolve())
+    script = folder / "job.sh"
+    script.write_text(render(folder, job))
+    answer = _slurm("sbatch", "--parsable", str(script))
+    job.slurm_job = answer.strip().split(";")[0]
+    job.process = {}
+    job.write(folder)
+
+
+def state(job_id: str) -> str | None:
+    """Slurm's word for a job that it still has (PENDING, RUNNING, ...), or None."""
+    try:
+        word = _slurm("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
+    except InputError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    return word if word in LIVING else None
+
+
+def stop(job_id: str, now: bool) -> None:
+    """Asks the tasks of a running job for a clean save; takes a waiting one out of the queue."""
+    if now or state(job_id) == "PENDING":
+        _slurm("scancel", job_id)
+    else:
+        _slurm("scancel", "--signal=TERM", job_id)
+
+
+def check_options(options: list[str]) -> None:
+    """Raises InputError for an option that could not stand on an #SBATCH line."""
+    for option in options:
+        if not re.fullmatch(r"--[a-z][a-z-]*(=[^\s\x00-\x1f]+)?", option):
+            raise InputError(f"--sbatch: expected one option of sbatch, e.g. --sbatch=--partition=gpu, got {option!r}")
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise InputError(f"{command[0]}: not installed here; use --backend local, or start from a login node") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{command[0]}: no answer from Slurm within 60 s") from None
+    if done.returncode != 0:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"{command[0]}: {words[0]}")
+    return done.stdout

@@ -1,0 +1,220 @@
+"""What a run is doing, from the files in its folder and the process or job behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from errors import InputError
+from losses.gate import TokenGate
+from scripts.launch import slurm
+from scripts.launch.job import LOG, Job, local_process
+from training.config import load_config
+from training.metrics import METRICS
+from training.ownership import Ownership, describe_owner, live_owner, read_owner
+from training.progress import format_duration
+from training.receipt import mark_killed, read_receipt
+from training.watchdog import STACKS
+
+TAIL_BYTES = 1 << 16
+ALIVE = ("running", "starting", "queued")
+
+
+@dataclass
+class RunStatus:
+    """state: queued, starting, running, or how it ended (finished, stopped, preempted, crashed, killed, refused,
+    failed = it ended before it opened a receipt, new = never started)."""
+
+    run_id: str
+    state: str
+    reason: str | None
+    step: int
+    tokens: int
+    total_tokens: int | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    last_checkpoint: str | None
+    last_checkpoint_step: int | None
+    stp: str
+    stp_live: bool
+    skipped_steps: int
+    warnings: list[str]
+    started: str | None
+    ended: str | None
+    owner: str | None
+    backend: str | None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state in ALIVE
+
+
+def describe(folder: Path) -> RunStatus:
+    """Reads everything, and closes the receipt of a process that is found dead (`killed`)."""
+    job = Job.read(folder)
+    state, owner = state_of(folder)
+    receipt = read_receipt(folder)
+    last = _last_step(folder / METRICS)
+    total = _total_tokens(folder)
+    tokens = int(receipt.get("tokens") or 0)
+    speed = last.get("tokens_per_second") if state == "running" else None
+    speed = speed or (receipt.get("metrics") or {}).get("tokens_per_second")
+    left = max(total - tokens, 0) / speed if total and speed and state == "running" else None
+    checkpoints = receipt.get("checkpoints") or [{}]
+    stp, live = _stp(folder, receipt)
+    reason = receipt.get("reason") if state not in ("new", *ALIVE) else None
+    if state == "failed":
+        reason = _last_line(folder / LOG)
+    elif state == "killed" and (folder / STACKS).exists():
+        reason = f"{reason}; it may have hung: see {STACKS}"
+    return RunStatus(
+        run_id=folder.name,
+        state=state,
+        reason=reason,
+        step=int(receipt.get("step") or 0),
+        tokens=tokens,
+        total_tokens=total,
+        tokens_per_second=speed,
+        seconds_left=left,
+        last_checkpoint=checkpoints[-1].get("folder"),
+        last_checkpoint_step=checkpoints[-1].get("step"),
+        stp=stp,
+        stp_live=live,
+        skipped_steps=int(last.get("skipped_steps") or 0),
+        warnings=list(receipt.get("warnings") or []),
+        started=receipt.get("started"),
+        ended=receipt.get("ended") if state not in ALIVE else None,
+        owner=describe_owner(owner) if owner else None,
+        backend=job.backend if job else ("train.py" if receipt else None),
+    )
+
+
+def state_of(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """The state and the process that owns the run, if one lives. Closes the receipt of a dead one."""
+    job = Job.read(folder)
+    owner = live_owner(folder)
+    receipt = read_receipt(folder).get("status")
+    if owner is not None:
+        return ("running" if receipt == "running" else "starting"), owner
+    if job is not None and local_process(folder, job) is not None:
+        return "starting", job.process
+    if job is not None and job.slurm_job:
+        word = _slurm_state(job.slurm_job)
+        if word == "PENDING":
+            return "queued", None
+        if word is not None:
+            return "starting", None
+    if receipt == "running":
+        own = Ownership(folder)
+        try:
+            own.take()  # a start that happens right now is not overwritten
+            mark_killed(folder)
+        except InputError:
+            return "starting", read_owner(folder) or None
+        except OSError:
+            pass  # a read-only disk: said, not written
+        finally:
+            own.release()
+        return "killed", None
+    if receipt is None:
+        return ("failed" if job is not None else "new"), None
+    return str(receipt), None
+
+
+def _slurm_state(job_id: str) -> str | None:
+    try:
+        return slurm.state(job_id)
+    except InputError:
+        return None  # asked on a machine without Slurm
+
+
+def _last_step(path: Path) -> dict[str, Any]:
+    """The last record of a training step, from the end of the file: it may be long."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and "tokens_per_second" in record:
+            return record
+    return {}
+
+
+def _total_tokens(folder: Path) -> int | None:
+    try:
+        return int(OmegaConf.load(folder / "config.yaml").train.tokens)
+    except Exception:  # a missing or damaged file: `collect` says so
+        return None
+
+
+def _stp(folder: Path, receipt: dict[str, Any]) -> tuple[str, bool]:
+    try:
+        config = load_config(folder / "config.yaml")
+        gate = TokenGate(config.stp.gate, config.stp.weight)
+    except InputError:
+        return "unknown", False
+    if not config.stp.enabled:
+        return "off", False
+    live = (receipt.get("stp") or {}).get("live_tokens") or []
+    if live and live[-1][1] >= int(receipt.get("tokens") or 0):
+        return f"live since token {live[-1][0]:,}", True
+    if live:
+        return f"was live over tokens {live}", False
+    return f"not live yet, the gate opens at token {gate.opens_at_token:,}", False
+
+
+def _last_line(path: Path) -> str | None:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    said = [line.strip() for line in lines if line.strip() and not line.startswith("---")]
+    return said[-1] if said else "it left no word"
+
+
+def print_status(status: RunStatus, console: Console) -> None:
+    table = Table(title=status.run_id, show_header=False)
+    share = f" ({status.tokens / status.total_tokens:.0%} of {status.total_tokens:,})" if status.total_tokens else ""
+    first = (status.reason or "").strip().splitlines()
+    rows = {
+        "state": status.state + (f": {first[-1]}" if first else ""),
+        "runs as": status.owner,
+        "step": f"{status.step:,}",
+        "tokens": f"{status.tokens:,}{share}",
+        "tokens/s": f"{status.tokens_per_second:,.0f}" if status.tokens_per_second else None,
+        "time left": format_duration(status.seconds_left) if status.seconds_left is not None else None,
+        "last checkpoint": status.last_checkpoint or "none yet",
+        "STP": status.stp,
+        "skipped steps": str(status.skipped_steps) if status.skipped_steps else None,
+        "warnings": "\n".join(status.warnings) or None,
+        "started": status.started,
+        "ended": status.ended,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value)
+    console.print(table, markup=False)
+
+
+def print_list(statuses: list[RunStatus], console: Console) -> None:
+    table = Table()
+    for column in ("run", "state", "step", "tokens", "of", "last checkpoint", "STP live", "started"):
+        table.add_column(column, justify="right" if column in ("step", "tokens", "of") else "left", overflow="fold")
+    for status in statuses:
+        share = f"{status.tokens / status.total_tokens:.0%}" if status.total_tokens else ""
+        last, live = status.last_checkpoint or "", "yes" if status.stp_live else "no"
+        started = (status.started or "")[:16]
+        table.add_row(status.run_id, status.state, f"{status.step:,}", f"{status.tokens:,}", share, last, live, started)
+    console.print(table, markup=False)
