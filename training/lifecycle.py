@@ -271,3 +271,4 @@ class Run:
             self.receipt.finish("crashed", str(error))
         if self.owner is not None:
             self.owner.release()
+            self.folder.remove_if_empty()

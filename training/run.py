@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class RunFolder:
             owner.release()
             raise
         return owner
+
+    def remove_if_empty(self) -> None:
+        """After a start that failed: bad input leaves nothing behind."""
+        if not self.known and {entry.name for entry in self.path.iterdir()} <= {LOCK}:
+            with contextlib.suppress(OSError):
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
 
 
 def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFolder:
