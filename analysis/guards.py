@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.accumulate import FloatArray
 from analysis.measure import Measured
+from analysis.rounding import FLAG_ABOVE
 
 # A guard speaks up beyond these. They are conventions, far from what healthy models read (see docs/curvature.md).
 DRIFT_SHARE = 0.2  # position-explained share
@@ -23,99 +25,109 @@ DROPPED = 0.01
 
 @dataclass(frozen=True)
 class Guard:
-    """state: ok, look (the cheat is possible here) or none (it could not be judged). value: at the worst boundary."""
+    """name: the cheat. state: ok, look (it is possible here) or none (could not be judged). reads: what is measured;
+    value, shown: at the worst boundary, as a number and for people; limit: beyond which it speaks up."""
 
     name: str
     state: str
-    boundary: int | str | None
+    reads: str
     value: float
-    says: str
+    shown: str
+    limit: str
+    boundary: int | str | None
 
 
 def guards(model: Measured, reference: Measured | None = None) -> list[Guard]:
     """reference: the same stack without what is judged (another run, or the untrained twin), on the same documents."""
-    found = [_drift(model), _centred(model), _norms(model)]
-    if reference is not None:
-        found.append(_rank(model, reference, "effective_rank", "states"))
-        found.append(_rank(model, reference, "effective_rank_steps", "steps"))
-    found.append(
-        _above(
-            model,
-            "mean_direction_energy",
-            MEAN_ENERGY,
-            "shared mean",
-            "of the states' energy is one direction that all tokens share",
-        )
-    )
-    found.append(_above(model, "anisotropy", ANISOTROPY, "anisotropy", "is the cosine of two unrelated tokens"))
-    found.append(_above(model, "dropped_steps", DROPPED, "standing still", "of the steps have no direction at all"))
-    found.append(_rounding(model))
-    return found
-
-
-def _above(model: Measured, metric: str, limit: float, name: str, says: str) -> Guard:
-    values = model.get(metric).value
-    if np.isnan(values).all():
-        return Guard(name, "none", None, float("nan"), "could not be measured")
-    worst = int(np.nanargmax(values))
-    state = "look" if values[worst] > limit else "ok"
-    text = f"at most {values[worst]:.2g} {says} (speaks up above {limit:g})"
-    return Guard(name, state, model.boundaries[worst], float(values[worst]), text)
-
-
-def _drift(model: Measured) -> Guard:
-    return _above(
-        model,
-        "position_explained_share",
-        DRIFT_SHARE,
-        "shared drift",
-        "of the variance is explained by position alone",
-    )
-
-
-def _centred(model: Measured) -> Guard:
-    """A drift that all documents share straightens the path; around the mean of each position it is gone."""
     gap = model.get("curvature_centred").value - model.get("curvature").value
-    return _gap(model, gap, "curvature without positions", "around the mean of each position")
+    normed = model.get("curvature", "rms").value - model.get("curvature").value
+    degrees = f"> {HIDDEN_DEGREES:g}\u00b0"
+    found = [
+        _worst(
+            model,
+            "shared drift",
+            "variance that position alone explains",
+            model.get("position_explained_share").value,
+            DRIFT_SHARE,
+            "{:.1%}",
+            f"> {DRIFT_SHARE:.0%}",
+        ),
+        _worst(
+            model,
+            "shared drift",
+            "curvature that subtracting each position's mean gives back",
+            gap,
+            HIDDEN_DEGREES,
+            "{:+.1f}\u00b0",
+            degrees,
+        ),
+        _worst(
+            model,
+            "norm growth",
+            "curvature that states of equal norm give back",
+            normed,
+            HIDDEN_DEGREES,
+            "{:+.1f}\u00b0",
+            degrees,
+        ),
+        _worst(
+            model,
+            "shared mean",
+            "energy in one direction that all tokens share",
+            model.get("mean_direction_energy").value,
+            MEAN_ENERGY,
+            "{:.1%}",
+            f"> {MEAN_ENERGY:.0%}",
+        ),
+        _worst(
+            model,
+            "anisotropy",
+            "cosine of two unrelated tokens",
+            model.get("anisotropy").value,
+            ANISOTROPY,
+            "{:.2f}",
+            f"> {ANISOTROPY:g}",
+        ),
+        _worst(
+            model,
+            "standing still",
+            "steps without a direction, left out",
+            model.get("dropped_steps").value,
+            DROPPED,
+            "{:.2%}",
+            f"> {DROPPED:.0%}",
+        ),
+    ]
+    if reference is not None:
+        found[3:3] = [_rank(model, reference, "effective_rank", "states")]
+        found[4:4] = [_rank(model, reference, "effective_rank_steps", "steps")]
+    return [*found, _rounding(model)]
 
 
-def _norms(model: Measured) -> Guard:
-    """A norm that grows along the document straightens the path; states of equal norm do not have it."""
-    gap = model.get("curvature", "rms").value - model.get("curvature").value
-    return _gap(model, gap, "norm growth", "with all states at the same norm")
-
-
-def _gap(model: Measured, gap: np.ndarray, name: str, how: str) -> Guard:
-    if np.isnan(gap).all():
-        return Guard(name, "none", None, float("nan"), "could not be measured: too few documents reach a position")
-    worst = int(np.nanargmax(gap))
-    state = "look" if gap[worst] > HIDDEN_DEGREES else "ok"
-    text = f"curvature is {gap[worst]:+.1f} degrees {how} (speaks up above {HIDDEN_DEGREES:g})"
-    return Guard(name, state, model.boundaries[worst], float(gap[worst]), text)
+def _worst(model: Measured, name: str, reads: str, values: FloatArray, limit: float, shown: str, says: str) -> Guard:
+    """The largest value over all boundaries against a limit."""
+    if np.isnan(values).all():
+        return Guard(name, "none", reads, float("nan"), "not measured", says, None)
+    worst = int(np.nanargmax(values))
+    value = float(values[worst])
+    state = "look" if value > limit else "ok"
+    return Guard(name, state, reads, value, shown.format(value + 0.0), says, model.boundaries[worst])
 
 
 def _rank(model: Measured, reference: Measured, metric: str, what: str) -> Guard:
-    name = f"rank of {what}"
+    name, reads = "collapse", f"effective rank of {what} against the reference"
+    limit = f"< {RANK_RATIO:.0%}"
     mine, theirs = model.get(metric).value, reference.get(metric).value
-    if mine.shape != theirs.shape:
-        return Guard(name, "none", None, float("nan"), "the reference model has other boundaries")
+    if mine.shape != theirs.shape or np.isnan(mine / theirs).all():
+        return Guard(name, "none", reads, float("nan"), "not measured", limit, None)
     ratio = mine / theirs
     worst = int(np.nanargmin(ratio))
     state = "look" if ratio[worst] < RANK_RATIO else "ok"
-    text = (
-        f"effective rank of {what} is at least {ratio[worst]:.0%} of the reference's "
-        f"({mine[worst]:.0f} of {theirs[worst]:.0f}; speaks up below {RANK_RATIO:.0%})"
-    )
-    return Guard(name, state, model.boundaries[worst], float(ratio[worst]), text)
+    shown = f"{ratio[worst]:.0%} ({mine[worst]:.0f} of {theirs[worst]:.0f})"
+    return Guard(name, state, reads, float(ratio[worst]), shown, limit, model.boundaries[worst])
 
 
 def _rounding(model: Measured) -> Guard:
-    bias, flags = model.rounding(), model.rounding_flags()
-    worst = int(np.nanargmax(bias)) if not np.isnan(bias).all() else 0
-    name = "rounding"
-    if flags:
-        text = f"{model.precision[worst]} states bend a straight path by 1 - cos = {bias[worst]:.2g} at this boundary"
-        return Guard(name, "look", model.boundaries[worst], float(bias[worst]), text)
-    return Guard(
-        name, "ok", None, float(bias[worst]), f"states are exact enough ({', '.join(sorted(set(model.precision)))})"
-    )
+    """The bias that rounded states give a straight path, in 1 - cos."""
+    reads = f"1 - cos that {' and '.join(sorted(set(model.precision)))} states give a straight path"
+    return _worst(model, "rounding", reads, np.array(model.rounding()), FLAG_ABOVE, "{:.1g}", f"> {FLAG_ABOVE:g}")

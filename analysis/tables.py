@@ -1,4 +1,4 @@
-"""An inspection as one JSON document and as one long table (CSV, parquet): no number of the page is only on the page."""
+"""An inspection as one JSON document and as one long table: no number of the page is only on the page."""
 
 from __future__ import annotations
 
