@@ -21,6 +21,7 @@ from errors import PreflightError
 from losses.objective import Objective
 from losses.triples import Triples
 from model.context import SequenceContext
+from training.draws import check_draws
 from training.probes import probe_forward
 from training.total import check_total
 from training.wiring import GRADIENT_CHECKS, BoundaryResult, Watch, check_boundary, check_collector, flag_vanishing
@@ -120,6 +121,7 @@ class Preflight:
         rows = _rows_with_triples(triples)
         batch, triples = _select(batch, rows), triples.select(rows)
         report.checks["triples_inside_documents"] = _check_triples(triples, batch.document_ids)
+        report.checks.update(check_draws(self.objective, batch.document_ids.device))
         if report.checks["triples_inside_documents"] is not None:
             return
         self.model.train()
