@@ -39,10 +39,14 @@ class PreparedCorpus:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a document asks, as the ids that a model reads (begin token included), and the text that it should write."""
+    """What a document asks, as the ids that a model reads (begin token included), and the text that it should write.
+
+    n_tokens: of the expected text, end token included.
+    """
 
     prompt: list[int]
     text: str
+    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Prepared:
             for begin, end in zip(*stream.document_bounds()):
                 tokens, learned = stream.tokens(begin, end), stream.loss_mask(begin, end)
                 cut = int(np.flatnonzero(~learned)[-1]) + 1
-                found.append(Answer(tokens[:cut].tolist(), self.tokenizer.decode(tokens[cut:])))
+                found.append(Answer(tokens[:cut].tolist(), self.tokenizer.decode(tokens[cut:]), len(tokens) - cut))
         if not found:
             raise InputError(f"{self.name}: has no {split} split with answers; expected data.source=nlrx or jsonl")
         return found
