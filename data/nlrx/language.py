@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from data.nlrx.syntax import ALPHABET, WORD_CHARACTERS, Syntax, parse
 
 EQUAL, DIFFERENT, LIMIT = "equal", "different", "limit"
-# The walk is given up after so many expressions were built: about a second.
-MAX_EXPRESSIONS = 100_000
+# The walk is given up after so much work (pieces of expressions put together): a few seconds at most. Pairs of
+# published regexes take a few hundred, at most some ten thousand.
+MAX_WORK = 2_000_000
 
 
 class LimitReached(Exception):  # noqa: N818 - not a fault of either regex
@@ -42,11 +43,11 @@ class Expression:
 class Algebra:
     """Builds expressions in a form so normal that every regex has finitely many derivatives."""
 
-    def __init__(self, max_expressions: int = MAX_EXPRESSIONS) -> None:
-        self.max_expressions = max_expressions
+    def __init__(self, max_work: int = MAX_WORK) -> None:
+        self.max_work = max_work
         self._known: dict[tuple[object, ...], Expression] = {}
         self._derivatives: dict[tuple[int, int, bool], Expression] = {}
-        self.steps = 0
+        self.work = 0
         self.nothing = self._make("empty")
         self.blank = self._make("sequence", nullable=True)
         self.anything = self._make("repeat", (self.characters(ALPHABET),), nullable=True)
@@ -79,12 +80,14 @@ class Algebra:
                     return self.nothing
                 if not (flat and flat[-1] is piece and _is_star(piece)):
                     flat.append(piece)
+        self._spend(len(flat))
         if len(flat) == 1:
             return flat[0]
         return self._make("sequence", tuple(flat), nullable=all(piece.nullable for piece in flat))
 
     def union(self, parts: list[Expression]) -> Expression:
         flat = _flatten("union", parts)
+        self._spend(len(flat))
         bits = 0
         for piece in flat:
             bits |= piece.characters if piece.kind == "set" else 0
@@ -99,6 +102,7 @@ class Algebra:
 
     def intersection(self, parts: list[Expression]) -> Expression:
         flat = _flatten("intersection", parts)
+        self._spend(len(flat))
         bits = ALPHABET
         for piece in flat:
             bits &= piece.characters if piece.kind == "set" else ALPHABET
@@ -149,12 +153,12 @@ class Algebra:
             return self.blank if expression.characters >> character & 1 else self.nothing
         key = (expression.number, character, before and expression.conditional)
         if (known := self._derivatives.get(key)) is None:
-            self._step()
             known = self._derivatives[key] = self._derive(expression, character, before)
         return known
 
     def _derive(self, expression: Expression, character: int, before: bool) -> Expression:
         children = expression.children
+        self._spend(1 + len(children))
         if expression.kind == "union":
             return self.union([self.derive(child, character, before) for child in children])
         if expression.kind == "intersection":
@@ -192,27 +196,27 @@ class Algebra:
         nullable: bool = False,
         conditional: bool = False,
     ) -> Expression:
+        self._spend(1 + len(children))
         key = (kind, tuple(child.number for child in children), characters, low, high)
         if (known := self._known.get(key)) is None:
-            self._step()
             conditional = conditional or any(child.conditional for child in children)
             known = Expression(kind, children, characters, low, high, nullable, conditional, len(self._known))
             self._known[key] = known
         return known
 
-    def _step(self) -> None:
-        self.steps += 1
-        if self.steps > self.max_expressions:
+    def _spend(self, work: int) -> None:
+        self.work += work
+        if self.work > self.max_work:
             raise LimitReached
 
 
-def compare(first: str, second: str, boundary: str = "assertion", max_expressions: int = MAX_EXPRESSIONS) -> str:
+def compare(first: str, second: str, boundary: str = "assertion", max_work: int = MAX_WORK) -> str:
     """EQUAL, DIFFERENT, or LIMIT where it was given up. The same on any machine: work is counted, not time.
 
     Raises RegexSyntaxError if one is no regex of the dialect (see data/nlrx/syntax.py).
     """
     trees = parse(first), parse(second)
-    algebra = Algebra(max_expressions)
+    algebra = Algebra(max_work)
     try:
         pair = algebra.read(trees[0], boundary), algebra.read(trees[1], boundary)
         return DIFFERENT if _differ(algebra, *pair) else EQUAL
