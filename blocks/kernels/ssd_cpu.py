@@ -33,7 +33,7 @@ from blocks.kernels.ssd_tiles import (
     weighted_columns,
 )
 
-MIN_TASKS = 8  # heads are cut into slabs until there are so many tasks; every slab repeats the work on B and C
+MIN_TASKS = 4  # heads are cut into slabs until there are so many tasks; every slab repeats the work on B and C, so few
 
 
 def slabs_per_group(batch: int, n_groups: int, heads_per_group: int) -> int:
