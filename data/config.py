@@ -47,8 +47,8 @@ class TokenizerConfig:
 
 @dataclass
 class NLRXConfig:
-    # Different pairs of description and regex, over all splits. The grammar has about 15,000 of up to two forms and
-    # far more of three.
+    # Different pairs of description and regex, over all splits. The generator has about 6,700 of one and two forms,
+    # and far more of three.
     pairs: int = 10_000
     # Names the list of pairs; a longer list begins with the shorter one.
     seed: int = 0

@@ -7,6 +7,7 @@ Nonbacktracking Real-World Regex Matching"). Pairs of derivatives are walked unt
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from data.nlrx.syntax import ALPHABET, WORD_CHARACTERS, Syntax, parse
@@ -38,6 +39,10 @@ class Expression:
     nullable: bool
     conditional: bool
     number: int
+
+
+# What may follow in each of two, and whether a word character is before.
+Place = tuple[Expression, Expression, bool]
 
 
 class Algebra:
@@ -215,13 +220,20 @@ def compare(first: str, second: str, boundary: str = "assertion", max_work: int 
 
     Raises RegexSyntaxError if one is no regex of the dialect (see data/nlrx/syntax.py).
     """
-    trees = parse(first), parse(second)
-    algebra = Algebra(max_work)
     try:
-        pair = algebra.read(trees[0], boundary), algebra.read(trees[1], boundary)
-        return DIFFERENT if _differ(algebra, *pair) else EQUAL
+        return EQUAL if difference(first, second, boundary, max_work) is None else DIFFERENT
     except (LimitReached, RecursionError):
         return LIMIT
+
+
+def difference(first: str, second: str, boundary: str = "assertion", max_work: int = MAX_WORK) -> str | None:
+    """A shortest line that one describes and the other does not; None if there is none.
+
+    Raises RegexSyntaxError, LimitReached.
+    """
+    trees = parse(first), parse(second)
+    algebra = Algebra(max_work)
+    return _difference(algebra, algebra.read(trees[0], boundary), algebra.read(trees[1], boundary))
 
 
 def matches(regex: str, line: str, boundary: str = "assertion") -> bool:
@@ -235,25 +247,30 @@ def matches(regex: str, line: str, boundary: str = "assertion") -> bool:
     return algebra.accepts_here(expression, before, False)
 
 
-def _differ(algebra: Algebra, first: Expression, second: Expression) -> bool:
-    """Whether some line is accepted by one alone."""
+def _difference(algebra: Algebra, first: Expression, second: Expression) -> str | None:
     conditional = first.conditional or second.conditional
     letters = _representatives([first, second], conditional)
-    todo = [(first, second, False)]
-    seen = set(todo)
+    start: Place = (first, second, False)
+    came_from: dict[Place, tuple[Place, int] | None] = {start: None}
+    todo = deque([start])
     while todo:
-        left, right, before = todo.pop()
+        place = todo.popleft()
+        left, right, before = place
         if left is right:
             continue
         if algebra.accepts_here(left, before, False) != algebra.accepts_here(right, before, False):
-            return True
+            line = ""
+            while (step := came_from[place]) is not None:
+                place, letter = step
+                line = chr(letter) + line
+            return line
         for letter in letters:
             is_word = conditional and bool(WORD_CHARACTERS >> letter & 1)
             following = (algebra.derive(left, letter, before), algebra.derive(right, letter, before), is_word)
-            if following not in seen:
-                seen.add(following)
+            if following not in came_from:
+                came_from[following] = (place, letter)
                 todo.append(following)
-    return False
+    return None
 
 
 def _representatives(expressions: list[Expression], conditional: bool) -> list[int]:

@@ -2,7 +2,7 @@
 
 As dk.brics.automaton reads it (the library behind the DFA equality of Locascio et al. 2016): union binds loosest, then
 intersection, concatenation, repetition, and complement tightest. A regex describes whole lines. Not in the dialect:
-groups with question marks, anchors, back references, and character classes by name.
+groups with question marks, anchors, back references, and letters behind a backslash other than \\b.
 """
 
 from __future__ import annotations
@@ -136,11 +136,16 @@ class _Reader:
         if first == ".":
             return Syntax("set", characters=ALPHABET)
         if first == "\\":
-            escaped = self.take()
-            return Syntax("boundary") if escaped == "b" else Syntax("set", characters=_bit(escaped))
+            return Syntax("boundary") if self.peek() == "b" and self.take() else self._escaped()
         if first in _SPECIAL:
             raise RegexSyntaxError(f"unexpected {first!r} at {self.position - 1}")
         return Syntax("set", characters=_bit(first))
+
+    def _escaped(self) -> Syntax:
+        character = self.take()
+        if character.isalnum():
+            raise RegexSyntaxError(f"\\{character} before {self.position} has no meaning here")
+        return Syntax("set", characters=_bit(character))
 
     def _class(self) -> int:
         negated = self.peek() == "^"
@@ -162,7 +167,7 @@ class _Reader:
     def _class_character(self) -> int:
         character = self.take()
         if character == "\\":
-            character = self.take()
+            return self._escaped().characters.bit_length() - 1
         return _bit(character).bit_length() - 1
 
 
