@@ -6,6 +6,7 @@ accumulated and distributed runs see the same triples. A sampler turns three int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,13 @@ class Triples:
     def _map(self, function: Any) -> Triples:
         s, r, t, valid = function(self.s), function(self.r), function(self.t), function(self.valid)
         return Triples(s, r, t, valid, function(self.first), function(self.last), self.kind)
+
+    @staticmethod
+    def cat(parts: Sequence[Triples]) -> Triples:
+        """Several draws for the same rows, side by side."""
+        names = ("s", "r", "t", "valid", "first", "last")
+        s, r, t, valid, first, last = (torch.cat([getattr(part, name) for part in parts], 1) for name in names)
+        return Triples(s, r, t, valid, first, last, parts[0].kind)
 
     def select(self, rows: Tensor | slice) -> Triples:
         """Those of some rows: a micro-batch or a rank's share."""

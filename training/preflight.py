@@ -26,6 +26,10 @@ from training.probes import probe_forward
 from training.total import check_total
 from training.wiring import GRADIENT_CHECKS, BoundaryResult, Watch, check_boundary, check_collector, flag_vanishing
 
+ENOUGH_TRIPLES = 48
+MOST_DRAWS = 64
+OTHER_STEPS = 1 << 40  # beyond any run: draws that no training step uses
+
 
 @dataclass
 class PreflightReport:
@@ -118,6 +122,7 @@ class Preflight:
         report.checks.update(probes)
 
     def _gradients(self, batch: Batch, triples: Triples, report: PreflightReport) -> None:
+        triples = self._more(batch, triples)
         rows = _rows_with_triples(triples)
         batch, triples = _select(batch, rows), triples.select(rows)
         report.checks["triples_inside_documents"] = _check_triples(triples, batch.document_ids)
@@ -142,6 +147,14 @@ class Preflight:
             problems = [f"boundary {b.index}: {b.problems[name]}" for b in report.boundaries if name in b.problems]
             report.checks[name] = problems[0] if problems else None
         report.checks["total"] = check_total(self.model, self.objective, self.autocast, output, batch, triples, terms)
+
+    def _more(self, batch: Batch, triples: Triples) -> Triples:
+        """With further draws for the same rows where the step's own are few: a row without room, or equal tokens at the
+        ends of the only displacement, says nothing about the wire."""
+        parts = [triples]
+        while sum(int(part.valid.sum()) for part in parts) < ENOUGH_TRIPLES and len(parts) <= MOST_DRAWS:
+            parts.append(self.objective.draw(batch.document_ids, batch.row_ids, OTHER_STEPS + len(parts)))
+        return Triples.cat(parts)
 
     def _collect(self, batch: Batch, context: SequenceContext, report: PreflightReport) -> Any:
         """The output of a training forward, or None if the list of states is not what it must be.
