@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+import training.hardware
 from errors import PreflightError
 from losses.objective import Objective
 from tests.mutants.trial import Trial, quiet
@@ -17,7 +18,8 @@ from training.evidence import gradient_evidence
 
 
 @pytest.fixture
-def trial():
+def trial(monkeypatch):
+    monkeypatch.setattr(training.hardware, "gemm_gflops", lambda *args, **kwargs: 1.0)
     with Trial() as trial:
         yield trial
 
