@@ -86,6 +86,30 @@ def test_intersection_and_complement_are_those_of_sets_of_spans(regex: str) -> N
         assert matches(regex, line) == describes(regex, line), line
 
 
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r"(\b|d){2,}1?",
+        r"(\b|a){2}-?",
+        r"(\ba|\b){2,}1",
+        r"-(~(\b))+d",
+        r"(~(\b)|d){2,}-?",
+        r"(\b.*){2,}",
+        r"\b(d|-)*\b",
+        r"([ad-]|\bd1)*",
+        r"~(\b)d~(\b)",
+        r"(.*\b)&(~(\bd.*))",
+        r"~(.*\b.*\b.*)",
+        r"(-?\b){3,}a*",
+    ],
+)
+def test_boundaries_inside_repeats_and_complements(regex: str) -> None:
+    """Whether the empty line is accepted then depends on the place, and a repeat may use that once and not again."""
+    judged = [matches(regex, line) for line in LINES]
+    assert judged == [describes(regex, line) for line in LINES]
+    assert True in judged and False in judged
+
+
 @settings(max_examples=150, deadline=None)
 @given(regexes(operators=True), regexes(operators=True))
 def test_a_difference_is_a_line_that_one_alone_describes(first: str, second: str) -> None:
