@@ -19,7 +19,9 @@ from losses.stp import (
     FORMS,
     LENGTH_WEIGHTINGS,
     NORMALIZATIONS,
+    PREDICTORS,
     VARIANTS,
+    LinearPredictor,
     STPTerms,
     stp_terms,
 )
@@ -52,6 +54,8 @@ class STPConfig:
     length_weighting: str = "none"
     # none, or rms: states are divided by their root mean square first.
     normalize: str = "none"
+    # none, or linear: a learned map (d_model x d_model, no bias) on the second displacement, trained with the model.
+    predictor: str = "none"
     gate: GateConfig = field(default_factory=GateConfig)
 
     @property
@@ -69,6 +73,7 @@ class STPConfig:
         require_choice(f"{path}.distance", self.distance, DISTANCES)
         require_choice(f"{path}.length_weighting", self.length_weighting, LENGTH_WEIGHTINGS)
         require_choice(f"{path}.normalize", self.normalize, NORMALIZATIONS)
+        require_choice(f"{path}.predictor", self.predictor, PREDICTORS)
         require_number(f"{path}.n_spans", self.n_spans, 1)
         if self.spans_per_1024_tokens is not None:
             require_number(f"{path}.spans_per_1024_tokens", self.spans_per_1024_tokens, 0.0, exclusive=True)
@@ -137,6 +142,17 @@ class Objective:
         self.seed = seed
         self.boundaries = select_boundaries(config.boundaries, letters, f"{key}.boundaries")
         self.families = [family_of(boundary, letters) for boundary in self.boundaries]
+        self.predictor: LinearPredictor | None = None
+
+    def make_predictor(self, d_model: int) -> LinearPredictor | None:
+        """The learned map of `stp.predictor: linear`, from the run's seed; None without one.
+
+        Its owner is the caller: make it a submodule of the model before the optimizer is built, so that it is trained,
+        saved and resumed with everything else (`if predictor: model.stp_predictor = predictor`).
+        """
+        if self.config.predictor == "linear":
+            self.predictor = LinearPredictor(d_model, torch.Generator().manual_seed(self.seed))
+        return self.predictor
 
     @property
     def is_control(self) -> bool:
@@ -171,6 +187,8 @@ class Objective:
     ) -> STPTerms:
         """Sums and counts of every selected boundary."""
         config = self.config
+        if config.predictor != "none" and self.predictor is None:
+            raise InputError(f"stp.predictor: {config.predictor} was asked for, but none has been made for this model")
         return stp_terms(
             self.select(hidden_states, final),
             triples,
@@ -179,6 +197,7 @@ class Objective:
             distance=config.distance,
             length_weighting=config.length_weighting,
             normalize=config.normalize,
+            predictor=self.predictor,
             join=join,
         )
 

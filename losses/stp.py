@@ -26,6 +26,7 @@ VARIANTS = ("standard", "detached", "shuffled_order", "negative")
 DISTANCES = ("cosine", "mse")
 LENGTH_WEIGHTINGS = ("none", "cosine_like", "jaccard_like")
 NORMALIZATIONS = ("none", "rms")
+PREDICTORS = ("none", "linear")
 GAPS = ("bridge", "close")
 
 
@@ -187,9 +188,9 @@ def stp_terms(
 class LinearPredictor(nn.Linear):
     """The reference implementation's learned map of one displacement: d x d, no bias, Xavier."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, generator: torch.Generator | None = None) -> None:
         super().__init__(d_model, d_model, bias=False)
-        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.weight, generator=generator)
 
 
 def _as_list(hidden_states: Tensor | Sequence[Tensor], layers: Sequence[int] | None) -> list[Tensor]:

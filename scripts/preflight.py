@@ -40,6 +40,7 @@ MEANING = {
     "block_link": "what arrives below is the gradient of hidden + mixer(norm(hidden))",
     "gradient_scale": "no boundary's gradient vanishes beside the others'",
     "control_sends_nothing": "the control sends no gradient, as it declares",
+    "predictor": "the learned predictor is trained with the model and reached by every term",
     "total": "forced open, the total is LM + weight x STP, in value and in a plain backward",
     "collector_eval": "the same states in evaluation mode",
     "causality": "a token changes its own state and none before it",
@@ -72,10 +73,12 @@ def prove(config: RunConfig, console: Console) -> PreflightReport:
         data = prepare(config.data, progress=progress)
     model = HybridLM(config.model, data.vocab_size)
     model.init_weights(torch.Generator().manual_seed(config.seed))
+    objective = Objective(config.stp, model.letters, seed=config.seed)
+    if (predictor := objective.make_predictor(config.model.d_model)) is not None:
+        model.stp_predictor = predictor
     if config.init_from is not None:
         load_weights(config.init_from, model)
     model.to(machine.device).train()
-    objective = Objective(config.stp, model.letters, seed=config.seed)
     stream = TrainStream(data, config.data.sequence_length, config.train.batch_rows, seed=config.seed)
     batch = stream.batch(0).to(machine.device)
     preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)

@@ -24,7 +24,15 @@ from model.context import SequenceContext
 from training.draws import check_draws
 from training.probes import probe_forward
 from training.total import check_total
-from training.wiring import GRADIENT_CHECKS, BoundaryResult, Watch, check_boundary, check_collector, flag_vanishing
+from training.wiring import (
+    GRADIENT_CHECKS,
+    BoundaryResult,
+    Watch,
+    check_boundary,
+    check_collector,
+    check_predictor,
+    flag_vanishing,
+)
 
 ENOUGH_TRIPLES = 48
 MOST_DRAWS = 64
@@ -141,6 +149,8 @@ class Preflight:
             else:
                 result = check_boundary(self.model, output, context, index, term, self.autocast)
                 report.boundaries.append(result)
+        if self.objective.predictor is not None and not self.objective.is_control:
+            report.checks["predictor"] = check_predictor(self.model, self.objective.predictor, list(terms.values()))
         if not self.objective.is_control:
             flag_vanishing(report.boundaries)
         for name in CONTROL_CHECKS if self.objective.is_control else GRADIENT_CHECKS:

@@ -183,6 +183,19 @@ def _word(grad: Tensor | None) -> str:
     return "zero" if bool(torch.isfinite(grad).all()) else "not finite"
 
 
+def check_predictor(model: Any, predictor: nn.Module, terms: list[Tensor]) -> str | None:
+    """A learned map in the term: trained with the model, and reached by the term of every boundary."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in predictor.named_parameters():
+        if id(parameter) not in owned:
+            return f"{name} is not among the model's parameters: it would be neither trained nor saved"
+        for term in terms:
+            (grad,) = torch.autograd.grad(term, parameter, retain_graph=True, allow_unused=True)
+            if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
+                return f"gradient of {name} is {_word(grad)}"
+    return None
+
+
 def flag_vanishing(boundaries: list[BoundaryResult]) -> None:
     """Adds the check that looks at all boundaries together."""
     for kind in ("grad_norm", "block_grad_norm"):

@@ -10,7 +10,7 @@ from tests.mutants.trial import Trial, quiet
 from training.config import load_config
 from training.lifecycle import Run
 
-OPEN = ("stp.gate.start_tokens=0", "stp.gate.ramp_tokens=0", "train.tokens=1000", "checkpoint.every_steps=2")
+OPEN = ("stp.gate.start_tokens=0", "stp.gate.ramp_tokens=0", "train.tokens=800")
 
 
 class _KilledError(Exception):
@@ -60,7 +60,7 @@ def same(a, b):
 
 def test_shared_by_arms_accumulation_and_resume(used):
     whole = used("whole")
-    assert len(whole) >= 5 and all(bool(valid.any()) for *_, valid in whole.values())
+    assert len(whole) >= 4 and all(bool(valid.any()) for *_, valid in whole.values())
     assert not torch.equal(whole[0][1], whole[1][1])
     arms = {
         "another weight": ["stp.weight=0.3"],
@@ -77,8 +77,8 @@ def test_shared_by_arms_accumulation_and_resume(used):
         assert same(used(f"arm{number}", *overrides), whole), name
     assert not same(used("other", "seed=1"), whole)
     with pytest.raises(_KilledError):
-        used("parts", kill=3)
+        used("parts", "checkpoint.every_steps=2", kill=3)
     before = dict(used.seen)
-    after = used("parts")
+    after = used("parts", "checkpoint.every_steps=2")
     assert sorted(before) == [0, 1, 2] and min(after) == 2  # from the checkpoint at step 2
     assert same(before | after, whole)
