@@ -15,7 +15,7 @@ from torch import Tensor
 from blocks.kernels import m2rnn_loops
 from blocks.kernels.m2rnn_layout import Inputs
 from blocks.kernels.m2rnn_loops import ROWS
-from blocks.kernels.numba_math import launch_threads
+from blocks.kernels.numba_math import as_numpy, launch_threads
 from blocks.kernels.numba_vector import LANES
 
 
@@ -88,7 +88,7 @@ def _sizes(padded: Inputs, chunk: int) -> tuple[int, ...]:
 
 def _flat(tensor: Tensor) -> np.ndarray:
     """The same memory, never a copy: a tensor that is not contiguous raises."""
-    return tensor.view(-1).numpy()
+    return as_numpy(tensor.view(-1))
 
 
 def _token_stride(tensor: Tensor) -> int | None:

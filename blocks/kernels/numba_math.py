@@ -28,6 +28,15 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 helper: Any = njit(**{"cache": True, "fastmath": FASTMATH, "no_cpython_wrapper": True, "no_cfunc_wrapper": True})  # type: ignore[call-overload]
 kernel: Any = njit(**{"cache": True, "parallel": True, "no_cfunc_wrapper": True})  # type: ignore[call-overload]
 
+NUMPY_KINDS = {
+    torch.float32: "<f4",
+    torch.float64: "<f8",
+    torch.bfloat16: "<u2",
+    torch.int64: "<i8",
+    torch.int32: "<i4",
+    torch.bool: "|b1",
+}
+
 
 def launch_threads() -> None:
     """Sets Numba's threads to torch's, clipped to what Numba was launched with. Call before each kernel."""
@@ -36,9 +45,22 @@ def launch_threads() -> None:
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The same memory as a NumPy array, bfloat16 as uint16 bit patterns. Copies only what is not contiguous."""
+    """The same memory as a NumPy array, bfloat16 as uint16 bit patterns. Copies only what is not contiguous.
+
+    Not by `Tensor.numpy`, which forbids the storage to be resized from then on: FSDP2 frees gathered weights so.
+    """
     tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    kind = NUMPY_KINDS[tensor.dtype]
+    return np.asarray(_Memory(tensor, kind)) if tensor.numel() else np.empty(tuple(tensor.shape), kind)
+
+
+class _Memory:
+    """What NumPy asks for to look at a contiguous CPU tensor, which it then keeps alive."""
+
+    def __init__(self, tensor: Tensor, kind: str) -> None:
+        self.tensor = tensor
+        memory = (tensor.data_ptr(), False)
+        self.__array_interface__ = {"version": 3, "typestr": kind, "shape": tuple(tensor.shape), "data": memory}
 
 
 def _reinterpret(source: Any, target: Any, llvm_type: ir.Type) -> Any:

@@ -1,0 +1,234 @@
+"""One run on many processes: torchrun, FSDP2 and activation recomputation, applied from outside the model.
+
+The model, the blocks and the losses know nothing of this. Every rank reads the layout of the whole step (which rows,
+which documents, which triples), since that is a pure function of the step, and works on its own slice of the rows;
+so counts, divisors and the gate need no communication and are those of one process. Gradients are summed over ranks,
+because every loss is a share of a mean over the global batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from errors import InputError, require, require_choice, require_number
+
+KINDS = ("none", "ddp", "fsdp", "hsdp")
+RECOMPUTE = ("none", "selective", "full")
+# What `selective` keeps: the results of matmuls and of our fused kernels. Norms, gates and casts are computed again.
+KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "aten._scaled_dot_product")
+
+
+@dataclass
+class ParallelConfig:
+    # none: one process. Under torchrun: ddp (every rank holds everything), fsdp (weights, gradients and optimizer are
+    # cut over all ranks), hsdp (cut inside a group of `shard_ranks`, replicated between the groups).
+    data: str = "none"
+    # hsdp: ranks that share one copy of the weights; null = those of one node.
+    shard_ranks: int | None = None
+    # Which activations of a block are computed again in the backward pass: none | selective | full. The hidden states
+    # at the boundaries are always kept: STP reads them.
+    recompute: str = "none"
+    # A collective that takes longer than this ends the job (a rank has died or hangs).
+    timeout_seconds: float = 600.0
+
+    def validate(self, path: str = "parallel") -> None:
+        require_choice(f"{path}.data", self.data, KINDS)
+        require_choice(f"{path}.recompute", self.recompute, RECOMPUTE)
+        require_number(f"{path}.timeout_seconds", self.timeout_seconds, 1.0)
+        if self.shard_ranks is not None:
+            require_number(f"{path}.shard_ranks", self.shard_ranks, 1)
+            problem = f"only hsdp has groups of ranks; data is {self.data}"
+            require(self.data == "hsdp", f"{path}.shard_ranks", problem)
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """This process's number among them, before any group is formed."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class World:
+    """The processes of a run: who this one is, what it works on, and what all of them have to agree on."""
+
+    def __init__(self, config: ParallelConfig, device: torch.device, rank: int, size: int, mesh: DeviceMesh | None):
+        self.config, self.device, self.rank, self.size, self.mesh = config, device, rank, size, mesh
+
+    @classmethod
+    @contextmanager
+    def join(cls, config: ParallelConfig, device: torch.device) -> Iterator[World]:
+        """Forms the process group for `parallel.data` (none forms none) and takes it down at the end.
+
+        Raises InputError if torchrun and the config disagree.
+        """
+        size = processes()
+        if config.data == "none":
+            problem = f"torchrun started {size} processes, but none is for one; use ddp, fsdp or hsdp"
+            require(size == 1, "parallel.data", problem)
+            yield cls(config, device, 0, 1, None)
+            return
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=config.timeout_seconds)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # one process without torchrun is a world of one
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        world = cls(config, device, dist.get_rank(), size, make_mesh(config, device.type, size))
+        try:
+            yield world
+        finally:
+            world.mesh = None
+            teardown()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the receipt, the metrics and the log."""
+        return self.rank == 0
+
+    def my_rows(self, n_rows: int) -> Tensor:
+        """The rows of a step of n_rows that this rank works on: a slice, the same number for every rank."""
+        return torch.arange(n_rows, device=self.device).chunk(self.size)[self.rank]
+
+    def parallelize(self, model: nn.Module, compile_block: Callable[[nn.Module], None] | None = None) -> None:
+        """Recomputation, then compilation, then sharding: per block, in place."""
+        blocks: Any = model.blocks
+        for block in blocks:
+            recompute(block, self.config.recompute)
+            if compile_block is not None:
+                compile_block(block)
+        if self.mesh is not None:
+            shard(model, self.mesh)
+
+    @contextmanager
+    def unsharded(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the module's parameters are whole, so that its parts can be called directly."""
+        sharded = self.mesh is not None and hasattr(module, "unshard")
+        if sharded:
+            module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if sharded:
+                module.reshard()  # type: ignore[operator]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place; returns it."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some rank. Every rank has to ask."""
+        if self.mesh is None:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The (JSON-able) value of every rank, by rank."""
+        if self.mesh is None:
+            return [value]
+        import json
+
+        data = json.dumps(value).encode()
+        longest = int(self.max(len(data)))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in found]
+
+    def max(self, value: float) -> float:
+        if self.mesh is None:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh:
+    """fsdp: (size,). ddp: (size, 1), replicas of one shard. hsdp: (groups, shard_ranks). Raises InputError."""
+    if config.data == "fsdp":
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shards = 1 if config.data == "ddp" else config.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % shards:
+        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - shards))
+        raise InputError(f"parallel.shard_ranks: {size} ranks do not split into groups of {shards}; nearest is {near}")
+    return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks.
+
+    Weights are gathered in their own dtype and forward inputs are not cast: autocast does what it does in one process,
+    and the residual stream stays float32 at every boundary.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
+    blocks: Any = model.blocks
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
+        register_fsdp_forward_method(module, "step")
+    for name, parameter in model.named_parameters():  # new objects: what was noted on the old ones moves over
+        vars(parameter).update(marks[name])
+
+
+def recompute(block: nn.Module, kind: str) -> None:
+    """Makes the block's forward keep only its input (full), or also what `KEPT` and our kernels return (selective)."""
+    if kind == "none":
+        return
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    )
+    # no block draws random numbers, so there is no random state to put back
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(operation)
+    kept = name.startswith((*KEPT, "amer."))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole one on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def teardown() -> None:
+    """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then, so the caller
+    lets go of model and optimizer first."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+Unsharded = Callable[[nn.Module], AbstractContextManager[None]]
