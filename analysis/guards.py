@@ -47,7 +47,7 @@ def guards(model: Measured, reference: Measured | None = None) -> list[Guard]:
             model,
             "shared drift",
             "variance that position alone explains",
-            model.get("position_explained_share").value,
+            np.maximum(model.get("position_explained_share").value, 0.0),  # adjusted: noise may be below 0
             DRIFT_SHARE,
             "{:.1%}",
             f"> {DRIFT_SHARE:.0%}",
@@ -111,7 +111,7 @@ def _worst(model: Measured, name: str, reads: str, values: FloatArray, limit: fl
     worst = int(np.nanargmax(values))
     value = float(values[worst])
     state = "look" if value > limit else "ok"
-    return Guard(name, state, reads, value, shown.format(value + 0.0), says, model.boundaries[worst])
+    return Guard(name, state, reads, value, shown.format(value), says, model.boundaries[worst])
 
 
 def _rank(model: Measured, reference: Measured, metric: str, what: str) -> Guard:

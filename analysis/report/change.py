@@ -64,8 +64,9 @@ def family_figure(inspection: Inspection) -> Figure:
             {
                 "xaxis": {
                     "tickvals": list(range(len(families))),
-                    "ticktext": [f"{family_name(family)}<br>{letters.count(family)} blocks" for family in families],
+                    "ticktext": [f"{family_name(family)}<br>{_blocks(letters.count(family))}" for family in families],
                     "range": [-0.6, len(families) - 0.4],
+                    "zeroline": False,
                     "showgrid": False,
                 },
                 "yaxis": {"title": {"text": f"change by one block, {unit}"}},
@@ -78,14 +79,11 @@ def family_figure(inspection: Inspection) -> Figure:
         "families",
         "Which family bends the path",
         "The change of a metric from the input to the output of a block, averaged over the blocks of a family "
-        "(square, with "
-        "its 95% interval over documents); small points are single blocks, the hollow square is the untrained twin. "
-        "Below "
-        "zero, a family straightens (for curvature and STP). Input and output are resampled together, so the "
-        "interval is of "
-        "the change itself.",
-        "A block that writes little changes little: families at different depths meet different streams, so a family's "
-        "mean also depends on where its blocks stand in the pattern.",
+        "(square, with its 95% interval over documents); small points are single blocks, the hollow square is the "
+        "untrained twin. Below zero, a family straightens (for curvature and STP). Input and output are resampled "
+        "together, so the interval is of the change itself.",
+        "A block that writes little changes little: families at different depths meet different streams, so a "
+        "family's mean also depends on where its blocks stand in the pattern.",
         views,
         width="half",
         choice="metric",
@@ -107,7 +105,7 @@ def block_figure(inspection: Inspection) -> Figure:
                     "type": "bar",
                     "x": [i + 1 for i in mine],
                     "y": clean([changes.value[i] for i in mine]),
-                    "error_y": _error(
+                    "error_y": error_bars(
                         [changes.value[i] for i in mine], [low[i] for i in mine], [high[i] for i in mine]
                     ),
                     "name": family_name(family),
@@ -126,8 +124,8 @@ def block_figure(inspection: Inspection) -> Figure:
     return Figure(
         "blocks",
         "Block by block",
-        "The same changes in the order of the stack, with 95% intervals. Their sum is the difference between the last "
-        "boundary and the embedding in the figure above.",
+        "The same changes in the order of the stack, with 95% intervals. Their sum is the difference between the "
+        "last boundary and the embedding in the figure above.",
         "Neighbouring blocks can undo each other; a large bar is not by itself an effect on the output.",
         views,
         width="half",
@@ -163,11 +161,9 @@ def comparison_figure(inspection: Inspection) -> Figure | None:
         "comparison",
         f"Two runs: {inspection.subject.name} minus {names}",
         "The difference at every boundary on the same documents, triples and spans, with a 95% interval that is "
-        "paired over "
-        "documents. Where the band does not touch zero, the two models differ on this text.",
-        "The interval is over documents, not over training seeds: two runs of one configuration with different "
-        "seeds also "
-        "differ. To claim an effect of STP, compare several seeds.",
+        "paired over documents. Where the band does not touch zero, the two models differ on this text.",
+        "The interval is over documents, not over training seeds: two runs of one configuration with different seeds "
+        "also differ. To claim an effect of STP, compare several seeds.",
         views,
         choice="metric",
     )
@@ -198,85 +194,12 @@ def foreign_comparison_figure(inspection: Inspection) -> Figure | None:
     return Figure(
         "foreign-comparison",
         "Runs of another stack: change by family",
-        "Stacks that differ have no boundaries in common, so families are compared: the mean change by one block, with "
-        "its 95% interval over the same documents.",
+        "Stacks that differ have no boundaries in common, so families are compared: the mean change by one block, "
+        "with its 95% interval over the same documents.",
         "Depth, width and position in the pattern differ as well.",
         views,
         choice="metric",
     )
-
-
-def timeline_figure(inspection: Inspection) -> Figure | None:
-    """Metrics over training from the kept checkpoints, and from metrics.jsonl where the run logged them."""
-    views = []
-    if len(inspection.timeline) >= 2:
-        for metric, variant, label, unit in (*METRICS[:4], METRICS[6], METRICS[7]):
-            layout = {"xaxis": {"title": {"text": "training step"}}, "yaxis": {"title": {"text": unit}}}
-            views.append(View(label, _timeline_traces(inspection, metric, variant), layout))
-    views += _logged_views(inspection)
-    if not views:
-        return None
-    return Figure(
-        "timeline",
-        "Over training",
-        "Means over the boundaries that each family writes, at the untrained twin (step 0) and at every checkpoint "
-        "that the "
-        "run kept, on a smaller set of the same documents, with 95% intervals. Views named 'logged' are what the "
-        "run itself "
-        "measured on its training batches.",
-        "A run keeps few checkpoints by default; checkpoint.keep_every=100 keeps one every 100 steps. A curve that "
-        "keeps "
-        "falling while the held-out loss does not is the picture of a cheat.",
-        views,
-        choice="metric",
-    )
-
-
-def _timeline_traces(inspection: Inspection, metric: str, variant: str) -> list[Trace]:
-    steps = [float(about.step or 0) for about, _ in inspection.timeline]
-    first = inspection.timeline[0][0]
-    traces: list[Trace] = []
-    groups: dict[str, list[int]] = {}
-    for index, boundary in enumerate(inspection.timeline[0][1].boundaries):
-        groups.setdefault(first.family(boundary), []).append(index)
-    for family, indices in groups.items():
-        means = [measured.get(metric, variant).at(indices).mean() for _, measured in inspection.timeline]
-        samples = _side_by_side(means)
-        colour = family_colour(family)
-        error = _error(samples.value, *samples.interval())
-        traces.append(line(steps, samples.value, family_name(family), colour, mode="lines+markers", error_y=error))
-    return traces
-
-
-def _side_by_side(curves: list[Curve]) -> Curve:
-    """Curves of one entry as one curve; without intervals where they were resampled differently."""
-    import numpy as np
-
-    lengths = {len(curve.samples) for curve in curves}
-    if len(lengths) > 1:
-        return Curve(np.concatenate([curve.samples[:1] for curve in curves], 1), "none")
-    return Curve(np.concatenate([curve.samples for curve in curves], 1), curves[0].method)
-
-
-def _logged_views(inspection: Inspection) -> list[View]:
-    views = []
-    families = ["embedding", *dict.fromkeys(inspection.subject.letters), "final"]
-    for prefix, label, unit in (
-        ("curvature/degrees", "logged curvature", "degrees"),
-        ("curvature/effective_rank", "logged effective rank", "dimensions"),
-        ("curvature/step_norm", "logged step norm", "|v|"),
-        ("stp/raw", "logged STP", "1 - cos"),
-    ):
-        traces = []
-        for family in families:
-            points = [(r["step"], r[f"{prefix}/{family}"]) for r in inspection.records if r.get(f"{prefix}/{family}")]
-            if points:
-                x, y = zip(*points, strict=True)
-                traces.append(line(x, y, family_name(family), family_colour(family), width=1.5))
-        if traces:
-            layout = {"xaxis": {"title": {"text": "training step"}}, "yaxis": {"title": {"text": unit}}}
-            views.append(View(label, traces, layout))
-    return views
 
 
 def _point(x: float, curve: Curve, name: str, colour: str, symbol: str, unit: str, legend: bool) -> Trace:
@@ -286,7 +209,7 @@ def _point(x: float, curve: Curve, name: str, colour: str, symbol: str, unit: st
     return {
         "x": [x],
         "y": clean(curve.value),
-        "error_y": _error(curve.value, low, high),
+        "error_y": error_bars(curve.value, low, high, colour),
         "name": name,
         "mode": "markers",
         "marker": {"color": colour, "size": 12, "symbol": symbol},
@@ -296,11 +219,17 @@ def _point(x: float, curve: Curve, name: str, colour: str, symbol: str, unit: st
     }
 
 
-def _error(values, low, high) -> dict:
+def _blocks(n: int) -> str:
+    return f"{n} block{'' if n == 1 else 's'}"
+
+
+def error_bars(values, low, high, colour: str = "@muted") -> dict:
+    """plotly's error bars from the ends of intervals; none where an end is not finite."""
     above = [h - v if math.isfinite(h) else 0 for v, h in zip(values, high, strict=True)]
     below = [v - x if math.isfinite(x) else 0 for v, x in zip(values, low, strict=True)]
     return {
         "type": "data",
+        "color": colour,
         "symmetric": False,
         "array": clean(above),
         "arrayminus": clean(below),

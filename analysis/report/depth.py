@@ -66,22 +66,43 @@ def curvature_figure(inspection: Inspection) -> Figure:
     drawn.append(("positions removed", curve_traces(inspection, "curvature_centred", "raw", "degrees")))
     layout = depth_layout(inspection, "degrees per token")
     views = [View(name, traces, with_references(layout, traces, *ANGLES)) for name, traces in drawn]
+    views.append(_straightening_view(inspection))
     return Figure(
         "curvature",
         "Where trajectories bend: curvature against depth",
-        "Each point is the mean angle by which the hidden state turns from one token to the next, at one boundary "
-        "of the "
-        "stack; its colour is the family of the block that wrote it, its band the 95% interval over documents. "
-        "0 is a straight line, 90 a random walk, 120 noise around a fixed point. Lower than the first point means that "
-        "the blocks so far have straightened the path. "
-        "The dashed line is the same stack before training, the dotted one the trained model on the same tokens in a "
-        "random order. The diamond is the state after the final norm, which is a different quantity.",
+        "Each point is the mean angle by which the hidden state turns from one token to the next, at one boundary of "
+        "the stack; its colour is the family of the block that wrote it, its band the 95% interval over documents. 0 "
+        "is a straight line, 90 a random walk, 120 noise around a fixed point. Lower than the first point means that "
+        "the blocks so far have straightened the path. The dashed line is the same stack before training, the dotted "
+        "one the trained model on the same tokens in a random order. The diamond is the state after the final norm, "
+        "which is a different quantity.",
         "A low number does not mean that the model understands: a drift that every document shares, or a norm that "
-        "grows along the document, straightens any path. The other two buttons and the guards below look for that.",
+        "grows along the document, straightens any path. The guards above and two of the buttons look for that. "
+        "Bands of neighbouring points move together, since documents differ in level; the last button takes that out.",
         views,
         height=430,
         choice="states",
     )
+
+
+def _straightening_view(inspection: Inspection) -> View:
+    """Curvature minus that of boundary 0, paired over documents: what level the documents have is gone."""
+    boundaries = inspection.model.boundaries
+    x = positions(boundaries)
+    traces: list[Trace] = []
+    styles = (("untrained", "untrained twin", "dash"), ("shuffled", "shuffled tokens", "dot"))
+    for name, label, dash in styles:
+        change = _since_embedding(inspection.controls[name].get("curvature"))
+        traces.append(line(x[:-1], change.value[:-1], label, "@muted", dash=dash, width=1.5))
+    change = _since_embedding(inspection.model.get("curvature"))
+    traces += band(x, change, "@text", hidden=[len(x) - 1])
+    traces.append(line(x[:-1], change.value[:-1], "", "@text", width=1.5, hoverinfo="skip", showlegend=False))
+    traces += family_markers(inspection.subject, boundaries, change, "degrees")
+    return View("change since the embedding", traces, depth_layout(inspection, "degrees, straighter below 0"))
+
+
+def _since_embedding(curve: Curve) -> Curve:
+    return curve.map(lambda samples: samples - samples[:, :1])
 
 
 def stp_figure(inspection: Inspection) -> Figure:
@@ -136,8 +157,8 @@ def forecast_figure(inspection: Inspection) -> Figure:
         "forecast",
         "Could one go on in a straight line?",
         "The forecast x + m v continues the last step for m tokens. Its squared error is divided by the squared step "
-        "(0 a line, 2 a walk, 3 noise, at one token), by the squared distance of the target from the document's mean, "
-        "and by the squared state, beside the forecast that nothing moves.",
+        "(0 a line, 2 a walk, 3 noise, at one token), by the squared distance of the target from the document's "
+        "mean, and by the squared state, beside the forecast that nothing moves.",
         "The last two are small for free where all states share a large mean; the first two do not see it.",
         views,
         width="half",

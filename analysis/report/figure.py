@@ -92,6 +92,7 @@ def depth_axis(about: About, boundaries: Sequence[int | str]) -> dict[str, Any]:
         "ticktext": [boundary_label(about, boundaries[i]).replace(" ", "<br>") for i in shown],
         "range": [-0.5, places[-1] + 0.5],
         "showgrid": False,
+        "zeroline": False,
     }
 
 

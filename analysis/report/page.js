@@ -59,7 +59,7 @@
     const label = document.createElement("span");
     label.className = "what";
     label.textContent = place.dataset.label;
-    place.append(label);
+    if (place.dataset.label) place.append(label);
     if (figure.views.length > 8) {
       const list = document.createElement("select");
       list.setAttribute("aria-label", place.dataset.label);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from analysis.report.change import (
     comparison_figure,
     family_figure,
     foreign_comparison_figure,
-    timeline_figure,
 )
 from analysis.report.depth import (
     collapse_figures,
@@ -28,6 +28,7 @@ from analysis.report.figure import Figure, escape
 from analysis.report.path_figure import trajectory_figure
 from analysis.report.spans import correlation_figure, tube_figure
 from analysis.report.text import cards, findings, guard_table, subtitle
+from analysis.report.timeline import timeline_figure
 from analysis.tables import strict
 
 # Names of colours in figures -> (light, dark). Families as in the curves of a run, lighter where the page is dark.
@@ -110,6 +111,8 @@ def page(inspection: Inspection) -> str:
 
 
 def _section(title: str, key: str, figures: list[Figure]) -> str:
+    if sum(figure.width == "half" for figure in figures) % 2:  # nothing stands beside the last one
+        figures = [*figures[:-1], replace(figures[-1], width="full")]
     grid = "".join(map(_figure, figures))
     return f'<section id="{key}"><h2>{escape(title)}</h2><div class="grid">{grid}</div></section>'
 

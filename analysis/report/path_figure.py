@@ -44,11 +44,10 @@ def trajectory_figure(inspection: Inspection) -> Figure | None:
         "trajectory",
         "One document as a path",
         f"The first {len(tokens)} tokens of one document, projected on the plane that holds most of the variance of "
-        f"this "
-        "boundary (principal components, its own for each boundary). Hover a point for its text; colour is the "
+        "this boundary (principal components, its own for each boundary). Hover a point for its text; colour is the "
         "position.",
-        "Two dimensions of many: the share in the list says how much of the path is seen. Angles and distances in the "
-        "projection are not those that the numbers above measure.",
+        "Two dimensions of many: the share in the list says how much of the path is seen. Angles and distances in "
+        "the projection are not those that the numbers above measure.",
         views,
         choice="boundary",
         height=520,

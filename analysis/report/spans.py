@@ -32,9 +32,9 @@ def correlation_figure(inspection: Inspection) -> Figure:
     return Figure(
         "correlation",
         "How long a direction is remembered: tangent correlation C(m)",
-        "Mean cosine between steps that are m tokens apart. A line stays at 1. A walk is 0 everywhere. Noise around a "
-        "fixed point starts at -0.5 (each step undoes half of the last one) and is 0 from m = 2 on. Positive values at "
-        "larger m are coherent motion over many tokens.",
+        "Mean cosine between steps that are m tokens apart. A line stays at 1. A walk is 0 everywhere. Noise around "
+        "a fixed point starts at -0.5 (each step undoes half of the last one) and is 0 from m = 2 on. Positive "
+        "values at larger m are coherent motion over many tokens.",
         "A shared drift also gives positive values; see the guards.",
         views,
         width="half",
@@ -61,12 +61,10 @@ def tube_figure(inspection: Inspection) -> Figure:
         "tubes",
         "How wide the tube is: distance from the chord, by span",
         "For spans of the document: how far the tokens inside stray from the straight line through its ends, in "
-        "units of "
-        "that line's length (noise 0.87, a walk 0.41 whatever the length, a line 0); and how much of the walked "
-        "length the "
-        "chord is. The same spans at all boundaries and in all models.",
-        "A narrow tube is what STP asks for, not a sign of a better model: in published studies wider tubes over long "
-        "spans went with better prediction.",
+        "units of that line's length (noise 0.87, a walk 0.41 whatever the length, a line 0); and how much of the "
+        "walked length the chord is. The same spans at all boundaries and in all models.",
+        "A narrow tube is what STP asks for, not a sign of a better model: in published studies wider tubes over "
+        "long spans went with better prediction.",
         views,
         width="half",
         choice="measure",

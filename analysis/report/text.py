@@ -20,9 +20,13 @@ def subtitle(inspection: Inspection) -> str:
         f'<p class="chips">{chips}</p>'
         f'<p class="muted">{len(subject.letters)} blocks, width {subject.d_model}{trained}. '
         f"Measured on {data['pieces']:,} pieces of {data['documents']:,} {escape(data['source'])} "
-        f"({data['tokens']:,} tokens, at most {data['longest']} a piece; "
-        f"the first {data['skip_first']} of each left out).</p>"
+        f"({data['tokens']:,} tokens, at most {data['longest']} a piece; the first {_tokens(data['skip_first'])} of "
+        "each left out).</p>"
     )
+
+
+def _tokens(n: int) -> str:
+    return "token" if n == 1 else f"{n} tokens"
 
 
 def _chip(number: int, letter: str) -> str:
@@ -51,10 +55,9 @@ def _shape(inspection: Inspection) -> str:
     word = _verdict(move, "straighter than", "more bent than", "as bent as")
     return (
         f"Paths enter the stack turning by <b>{body[0]:.1f}°</b> a token and leave the last block at "
-        f"<b>{body[depth]:.1f}°</b>: "
-        f"{word} the embedding ({_signed(move)}). The straightest boundary is {escape(label)} with "
-        f"{body[lowest]:.1f}°. "
-        f"Noise reads {_random(inspection, 'iid'):.0f}°, a random walk {_random(inspection, 'walk'):.0f}°."
+        f"<b>{body[depth]:.1f}°</b>: {word} the embedding ({_signed(move)}). The straightest boundary is "
+        f"{escape(label)} with {body[lowest]:.1f}°. Noise reads {_random(inspection, 'iid'):.0f}°, a random walk "
+        f"{_random(inspection, 'walk'):.0f}°."
     )
 
 
@@ -82,8 +85,8 @@ def _families(inspection: Inspection) -> list[str]:
         change = changes[letter].change
         word = _verdict(change, "straightens", "bends", "leaves as it is")
         parts.append(
-            f"<b style='color:var(--f-{family_colour(letter)[1:]})'>{escape(letter)}</b> {word} ({_signed(change)} "
-            f"a block)"
+            f"<b style='color:var(--f-{family_colour(letter)[1:]})'>{escape(letter)}</b> {word} ({_signed(change)} a "
+            "block)"
         )
     return ["By family: " + "; ".join(parts) + "."]
 
@@ -109,8 +112,8 @@ def _stp(inspection: Inspection) -> list[str]:
     live = sum(end - start for start, end in stp.get("live_tokens", []))
     return [
         f"STP was trained with weight {stp['weight']:g} ({escape(str(stp.get('form')))}, "
-        f"{escape(str(stp.get('variant')))}) at "
-        f"{len(stp.get('boundaries', []))} boundaries, live for {live:,} tokens."
+        f"{escape(str(stp.get('variant')))}) at {len(stp.get('boundaries', []))} boundaries, live for {live:,} "
+        "tokens."
     ]
 
 
@@ -125,9 +128,8 @@ def guard_table(inspection: Inspection) -> str:
     return (
         '<table class="guards"><thead><tr><th></th><th>cheat</th><th>what is read</th><th>value</th><th>limit</th>'
         f"<th>at</th></tr></thead><tbody>{body}</tbody></table><p class='muted'>Worst boundary of each. Ranks are "
-        f"compared "
-        f"with {against}. Limits are conventions, far from what healthy models read: a guard says where to look, not "
-        "that something is wrong.</p>"
+        f"compared with {against}. Limits are conventions, far from what healthy models read: a guard says where to "
+        "look, not that something is wrong.</p>"
     )
 
 
@@ -142,6 +144,7 @@ def cards(inspection: Inspection) -> list[tuple[str, str, str]]:
     """(label, big number, small line)."""
     depth = inspection.depth
     curve, twin = inspection.model.get("curvature"), inspection.controls["untrained"].get("curvature")
+    gap = (curve - twin).at([depth])
     rank = inspection.model.get("effective_rank").value[depth]
     states = [guard.state for guard in guards(inspection.model, reference(inspection))]
     look = states.count("look")
@@ -149,8 +152,8 @@ def cards(inspection: Inspection) -> list[tuple[str, str, str]]:
         ("curvature after the last block", f"{curve.value[depth]:.1f}°", f"embedding {curve.value[0]:.1f}°"),
         (
             "against the untrained twin",
-            _signed((curve - twin).at([depth])).split(" (")[0],
-            "negative: training straightened",
+            _signed(gap).split(",")[0],
+            _verdict(gap, "training straightened", "training bent", "within the noise of these documents"),
         ),
         ("effective rank, last block", f"{rank:.0f}", f"of {inspection.subject.d_model} dimensions"),
         ("guards", "all quiet" if not look else f"{look} to look at", f"{states.count('ok')} of {len(states)} ok"),
@@ -172,4 +175,4 @@ def _signed(change: Curve, unit: str = "°") -> str:
     low, high = (float(end[0]) for end in change.interval())
     value = float(change.value[0])
     text = f"{value:+.1f}{unit}" if abs(value) >= 0.95 else f"{value:+.2f}{unit}"
-    return f"{text} (95%: {low:+.2f} .. {high:+.2f})" if math.isfinite(low) else text
+    return f"{text}, 95% {low:+.2f} to {high:+.2f}" if math.isfinite(low) else text

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -49,8 +48,10 @@ def print_tables(inspection: Inspection, console: Console) -> None:
         f"{data['tokens']:,} tokens ({data['source']})",
         highlight=False,
     )
-    console.print(_boundaries(inspection))
-    console.print(_families(inspection))
+    for table in (_boundaries(inspection), _families(inspection)):
+        console.print()
+        console.print(table)
+    console.print()
     for comparison in inspection.comparisons:
         if comparison.about.letters == subject.letters:
             gap = inspection.model.get("curvature") - comparison.measured.get("curvature")
@@ -60,16 +61,22 @@ def print_tables(inspection: Inspection, console: Console) -> None:
                 f"{_signed(gap, last + 1)} at final (degrees, 95% interval, paired over documents)",
                 highlight=False,
             )
+    console.print()
     console.print(_guards(inspection))
     for note in inspection.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns."""
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def _boundaries(inspection: Inspection) -> Table:
-    table = Table(title="Curvature in degrees (line 0, walk 90, i.i.d. 120), other metrics", box=box.SIMPLE_HEAD)
-    columns = ("", "family", "raw 95%", "RMS", "no pos.", "untrained", "shuffled", "STP", "rank", "|x|", "|v|")
+    table = _table("Curvature in degrees (line 0, walk 90, i.i.d. 120), other metrics")
+    columns = ("", "wrote it", "raw, 95%", "RMS", "no pos", "twin", "shuffl", "STP", "rank", "|x|", "|v|")
     for column in columns:
-        table.add_column(column, justify="left" if column == "family" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "wrote it" else "right", no_wrap=True)
     model, controls = inspection.model, inspection.controls
     raw, rms, centred = model.get("curvature"), model.get("curvature", "rms"), model.get("curvature_centred")
     low, high = raw.interval()
@@ -91,10 +98,10 @@ def _boundaries(inspection: Inspection) -> Table:
 
 
 def _families(inspection: Inspection) -> Table:
-    title = "Mean change by one block (output - input), half of the 95% interval over documents"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("family")
-    for column in ("blocks", "curvature", "RMS-normed", "untrained", "STP triple", "rank"):
+    title = "Mean change by one block, output - input (± half of the 95% interval)"
+    table = _table(title)
+    table.add_column("family", no_wrap=True)
+    for column in ("blocks", "curvature", "RMS-normed", "untrained", "STP triple", "eff. rank"):
         table.add_column(column, justify="right", no_wrap=True)
     columns = [
         inspection.families("curvature"),
@@ -109,7 +116,7 @@ def _families(inspection: Inspection) -> Table:
 
 
 def _guards(inspection: Inspection) -> Table:
-    table = Table(title="Guards: straight for the wrong reason?", box=box.SIMPLE_HEAD)
+    table = _table("Guards: straight for the wrong reason?")
     for column in ("", "cheat", "what is read, worst boundary", "value", "limit", "at"):
         table.add_column(column, no_wrap=column in ("", "at"))
     for guard in guards(inspection.model, reference(inspection)):
@@ -122,7 +129,7 @@ def _guards(inspection: Inspection) -> Table:
 def _half(curve: Curve) -> str:
     low, high = curve.interval()
     value, half = float(curve.value[0]), float(high[0] - low[0]) / 2
-    digits = 2 if abs(value) >= 0.1 else 3
+    digits = 1 if abs(value) >= 1 else 2 if abs(value) >= 0.1 else 3
     return f"{value:+.{digits}f}" + ("" if np.isnan(half) else f" \u00b1 {half:.{digits}f}")
 
 
