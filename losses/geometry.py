@@ -14,9 +14,13 @@ from losses.triples import Triples
 DEGENERATE_TOLERANCE = 1e-6
 
 
-def select_points(triples: Triples, form: str, variant: str = "standard") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+# The token lengths of two displacements, each (B, n): as a function, since few ask.
+Lengths = Callable[[], tuple[Tensor, Tensor]]
+
+
+def select_points(triples: Triples, form: str, variant: str = "standard") -> tuple[Tensor, Tensor, Lengths]:
     """Token indices that a form reads (P, B, n), which triples are valid for it (B, n), and the token lengths of its
-    two displacements (each (B, n))."""
+    two displacements."""
     if form == "patch_complement":
         if variant == "shuffled_order":
             raise ValueError("variant: shuffled_order is defined for forms triple and consecutive")
@@ -24,7 +28,7 @@ def select_points(triples: Triples, form: str, variant: str = "standard") -> tup
         rest = (triples.last - triples.first) - patch
         valid = triples.valid & (rest > 0)  # a span that is the whole document has no rest
         points = torch.stack([triples.s, triples.t, triples.first, triples.last])
-        return torch.where(triples.valid, points, 0), valid, (patch, rest)
+        return torch.where(triples.valid, points, 0), valid, lambda: (patch, rest)
     if triples.kind == "patch":
         raise ValueError(f"form: {form!r} needs three tokens in order; the patch sampler draws spans")
     if form == "consecutive":
@@ -32,16 +36,16 @@ def select_points(triples: Triples, form: str, variant: str = "standard") -> tup
     s, r, t = triples.s, triples.r, triples.t
     if variant == "shuffled_order":
         r, t = t, r
-    return torch.stack([s, r, t]), triples.valid, ((triples.t - triples.r), (triples.r - triples.s))
+    return torch.stack([s, r, t]), triples.valid, lambda: (triples.t - triples.r, triples.r - triples.s)
 
 
 def triple_weights(
-    valid: Tensor, lengths: tuple[Tensor, ...], sample_weights: Tensor | None = None, length_weighting: str = "none"
+    valid: Tensor, lengths: Lengths, sample_weights: Tensor | None = None, length_weighting: str = "none"
 ) -> Tensor:
     """(B, n) float32 weights of the triples, 0 where not valid; their sum is the divisor."""
     weights = valid.to(torch.float32)
     if length_weighting != "none":
-        p, q = (length.to(torch.float32).clamp_min(1) for length in lengths)
+        p, q = (length.to(torch.float32).clamp_min(1) for length in lengths())
         fit = 2 * p * q / (p * p + q * q) if length_weighting == "cosine_like" else 1 - (p - q).abs() / (p + q)
         weights = weights * fit
     if sample_weights is not None:

@@ -1,7 +1,8 @@
 """Sums of 1 - cos of two displacements, read straight out of the states, and their gradient: Numba, float32 on CPU.
 
 One pass over the few rows that STP reads, in place of some forty small tensor operations. float32 differences, sums in
-float64. One thread: half a millisecond is not worth waking another, and the result never depends on their number.
+float64, each state by one thread, so that the result does not depend on their number. What is left is mostly waiting:
+for rows that are long out of the cache, and for the interpreter.
 Everything else (other devices and dtypes, mean squared error, normalised states, a predictor) takes the plain form
 in losses/stp.py, which is the reference that the tests hold this against.
 """
@@ -14,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from blocks.kernels.numba_math import FASTMATH, as_numpy
+from blocks.kernels.numba_math import FASTMATH, launch_threads
 from losses.joined import GradientJoin
 
 TRIPLE, PATCH = 0, 1
+INPUTS = 7  # addresses in front of those of the states
 LARGEST = np.finfo(np.float64).max
 
 
@@ -31,14 +32,21 @@ def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     return "numba" if device.type == "cpu" and dtype == torch.float32 else "torch"
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    """An address as a pointer to float32."""
+def _pointer_to(kind: Any) -> Any:
+    """An intrinsic: an address as a pointer to `kind`."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+    @intrinsic
+    def pointer(typing_context, address):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
 
-    return types.CPointer(types.float32)(address), codegen
+        return types.CPointer(kind)(address), codegen
+
+    return pointer
+
+
+_floats, _doubles = _pointer_to(types.float32), _pointer_to(types.float64)
+_integers, _bytes = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
 @njit(cache=True, fastmath=FASTMATH, error_model="numpy")
@@ -113,33 +121,43 @@ def _one_state(states, length, points, valid, weights, kind, tolerance, displace
     return total, n_degenerate
 
 
-@njit(cache=True, fastmath=FASTMATH, error_model="numpy")
-def _forward(addresses, shape, points, valid, weights, kind, tolerance, displacements, factors, sums, counts, touched):
-    """addresses: of the states, each `shape` (B, T, D), contiguous; points (P, B, n) token indices; valid, weights
-    (B, n).
+@njit(cache=True, parallel=True, fastmath=FASTMATH, error_model="numpy")
+def _forward(addresses, B, T, D, P, n, kind, tolerance):
+    """addresses: of points (P, B, n) int64 token indices, valid (B, n) bool, weights (B, n) float32, then of the
+    results, then of the states (B, T, D) float32. All contiguous. (Addresses, since making arrays of tensors takes
+    longer than the work.)
 
-    Per state: sums, the weighted sum of the losses; counts, of the degenerate triples; displacements (2, B, n, D) and
-    factors (B, n, 3), which the gradient is made of: weight x 1 / (|a| |b|), cos / |a|^2 and cos / |b|^2, 0 where
-    there is no gradient.
+    Results per state: sums (n_states,) float64, the weighted sum of the losses; counts (n_states,) int64 of the
+    degenerate triples; and what the gradient is made of: displacements (n_states, 2, B, n, D) float32 and factors
+    (n_states, B, n, 3) float64: weight x 1 / (|a| |b|), cos / |a|^2 and cos / |b|^2, 0 where there is no gradient.
+    Returns what keeps `_touch` from being left out.
     """
-    length = shape[1]
-    for i in range(len(addresses)):
-        states = carray(_pointer(addresses[i]), (shape[0] * length, shape[2]))
-        touched[i] = _touch(states, length, points)
+    points = carray(_integers(addresses[0]), (P, B, n))
+    valid, weights = carray(_bytes(addresses[1]), (B, n)), carray(_floats(addresses[2]), (B, n))
+    n_states = len(addresses) - INPUTS
+    sums, counts = carray(_doubles(addresses[3]), (n_states,)), carray(_integers(addresses[4]), (n_states,))
+    displacements = carray(_floats(addresses[5]), (n_states, 2, B, n, D))
+    factors = carray(_doubles(addresses[6]), (n_states, B, n, 3))
+    touched = np.float32(0.0)
+    for i in prange(n_states):
+        states = carray(_floats(addresses[INPUTS + i]), (B * T, D))
+        touched += _touch(states, T, points)
         sums[i], counts[i] = _one_state(
-            states, length, points, valid, weights, kind, tolerance, displacements[i], factors[i]
+            states, T, points, valid, weights, kind, tolerance, displacements[i], factors[i]
         )
+    return touched
 
 
 @njit(cache=True, fastmath=FASTMATH, error_model="numpy")
-def _scatter(address, shape, points, kind, displacements, factors, scale):
-    """The (B, T, D) gradient at `address` += scale x the gradient of the sum of one state. Triple by triple in order:
+def _scatter(address, points_address, kept_address, factors_address, B, T, D, P, n, kind, i, scale):
+    """The (B, T, D) gradient at `address` += scale x the gradient of the sum of state i. Triple by triple in order:
     always the same sum."""
-    length, width = shape[1], shape[2]
-    gradient = carray(_pointer(address), (shape[0] * length, width))
-    for row in range(points.shape[1]):
-        first_token = row * length
-        for k in range(points.shape[2]):
+    gradient, points = carray(_floats(address), (B * T, D)), carray(_integers(points_address), (P, B, n))
+    displacements = carray(_floats(kept_address), (i + 1, 2, B, n, D))[i]
+    factors = carray(_doubles(factors_address), (i + 1, B, n, 3))[i]
+    for row in range(B):
+        first_token = row * T
+        for k in range(n):
             if factors[row, k, 0] == 0.0:
                 continue
             cross = np.float32(-scale * factors[row, k, 0])
@@ -184,28 +202,20 @@ class CosineSums(torch.autograd.Function):
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
         states = tuple(state.contiguous() for state in states)
-        n, (batch_size, n_spans) = len(states), valid.shape
-        kind = TRIPLE if points.shape[0] == 3 else PATCH
-        shape, point = tuple(states[0].shape), as_numpy(points)
-        displacements = np.empty((n, 2, batch_size, n_spans, shape[2]), dtype=np.float32)
-        factors, touched = np.empty((n, batch_size, n_spans, 3)), np.empty(n, dtype=np.float32)
-        sums, counts = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
-        _forward(
-            np.array([state.data_ptr() for state in states], dtype=np.uint64),
-            shape,
-            point,
-            as_numpy(valid),
-            as_numpy(weights),
-            kind,
-            tolerance,
-            displacements,
-            factors,
-            sums.numpy(),
-            counts.numpy(),
-            touched,
-        )
-        ctx.join, ctx.shape = join, shape
-        ctx.kept = point, kind, displacements, factors
+        points, valid, weights = points.contiguous(), valid.contiguous(), weights.contiguous()
+        (B, T, D), (P, _, n) = states[0].shape, points.shape
+        kind = TRIPLE if P == 3 else PATCH
+        displacements = torch.empty(len(states), 2, B, n, D)
+        factors = torch.empty(len(states), B, n, 3, dtype=torch.float64)
+        sums = torch.empty(len(states), dtype=torch.float64)
+        counts = torch.empty(len(states), dtype=torch.int64)
+        addresses = [
+            tensor.data_ptr() for tensor in (points, valid, weights, sums, counts, displacements, factors, *states)
+        ]
+        launch_threads()
+        _forward(np.array(addresses, dtype=np.uint64), B, T, D, P, n, kind, tolerance)
+        ctx.join, ctx.shape = join, (B, T, D)
+        ctx.kept = (points, displacements, factors), (B, T, D, P, n, kind)
         ctx.mark_non_differentiable(counts)
         return sums.float(), counts
 
@@ -213,10 +223,10 @@ class CosineSums(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the fast STP has no second derivative; losses.stp.compute_stp_loss has")
-        point, kind, displacements, factors = ctx.kept
+        kept, sizes = ctx.kept
         results: list[Tensor | None] = [None] * 6
         for i, scale in enumerate(gradients[0].tolist()):
-            add = functools.partial(_add, ctx.shape, point, kind, displacements[i], factors[i], scale)
+            add = functools.partial(_add, kept, sizes, i, scale)
             if not ctx.needs_input_grad[6 + i] or ctx.join.give(i, add):
                 results.append(None)
             else:
@@ -226,8 +236,7 @@ class CosineSums(torch.autograd.Function):
         return tuple(results)
 
 
-def _add(
-    shape: tuple[int, ...], points: Any, kind: int, displacements: Any, factors: Any, scale: float, gradient: Tensor
-) -> None:
+def _add(kept: tuple[Tensor, ...], sizes: tuple[int, ...], i: int, scale: float, gradient: Tensor) -> None:
     """gradient (B, T, D) float32, contiguous, in place."""
-    _scatter(gradient.data_ptr(), shape, points, kind, displacements, factors, scale)
+    points, displacements, factors = kept
+    _scatter(gradient.data_ptr(), points.data_ptr(), displacements.data_ptr(), factors.data_ptr(), *sizes, i, scale)
