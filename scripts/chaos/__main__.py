@@ -1,0 +1,168 @@
+"""Breaks runs in every way that we could think of, and compares what comes of them: python -m scripts.chaos.
+
+Ends with `chaos: N undisturbed-identical of M continued, D of F damages detected, C of B bad inputs clean`, and exits
+with 1 unless all are equal. --size nightly takes up to an hour on two cores, --size slice three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.chaos import inputs, kills, mishaps
+from scripts.chaos.damage import damage_checkpoints, damage_for_collect
+from scripts.chaos.disk import in_own_mounts
+from scripts.chaos.place import ROOT, Place, Tally
+from scripts.chaos.zygote import Zygote
+from training.environment import cores, cpu_name, git_state
+
+RESULTS = ROOT / "docs" / "results" / "chaos.md"
+
+
+@dataclass
+class Size:
+    """seconds: no new chain of interruptions begins after them, so that a slow machine misses counts and not time."""
+
+    kills: int
+    signals: int
+    configs: int
+    file_rounds: int
+    commands: int
+    seconds: float
+
+
+SIZES = {
+    "nightly": Size(kills=220, signals=60, configs=5000, file_rounds=60, commands=99, seconds=2700),
+    "slice": Size(kills=24, signals=6, configs=250, file_rounds=4, commands=12, seconds=110),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.chaos", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="slice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that train at once, one thread each")
+    parser.add_argument("--kills", type=int, help="instead of the size's number")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="only these groups")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    size = SIZES[arguments.size]
+    size.kills = size.kills if arguments.kills is None else arguments.kills
+    tally, started = Tally(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="amer-chaos-") as folder:
+        place = Place(Path(folder))
+        seconds = place.build()
+        _say(started, f"undisturbed run: {seconds:.1f} s as a command")
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            zygotes = list(pool.map(lambda number: Zygote(place, number), range(arguments.workers)))
+            _say(started, f"{len(zygotes)} workers; {zygotes[0].seconds:.1f} s per undisturbed run in one")
+            chosen = arguments.only or list(GROUPS)
+            for name in GROUPS:
+                if name in chosen or (name == "checkpoints" and {"mishaps", "files", "disks"} & set(chosen)):
+                    GROUPS[name](place, zygotes, pool, tally, size, arguments.seed, started)
+                    _say(started, f"{name}: {tally.line()}")
+            for zygote in zygotes:
+                zygote.__exit__()
+    if arguments.write:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(report(tally, arguments.size, arguments.seed, time.monotonic() - started))
+    for failure in tally.failures:
+        print(f"FAILED {failure}")
+    for words in tally.skipped:
+        print(f"SKIPPED {words}")
+    print(json.dumps(tally.groups))
+    print(tally.line())
+    return 0 if tally.passed else 1
+
+
+def _checkpoints(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, *_: Any) -> None:
+    damage_checkpoints(place, zygotes[0], tally)
+
+
+def _mishaps(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, *_: Any) -> None:
+    mishaps.all_mishaps(place, zygotes[0], tally)
+
+
+def _kills(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float) -> None:
+    killed, signalled = kills.Quota(size.kills, share_during_save=1 / 3), kills.Quota(size.signals)
+    until = time.monotonic() + size.seconds
+
+    def work(number: int) -> None:
+        kills.kill_chains(place, zygotes[number], killed, tally, f"{seed}-{number}", until)
+        kills.signal_chains(place, zygotes[number], signalled, tally, f"{seed}-{number}", until)
+
+    list(pool.map(work, range(len(zygotes))))
+    tally.note(kills.GROUP_KILLS, kills=killed.done, during_a_save=killed.during_save)
+    tally.note(kills.GROUP_SIGNALS, signals=signalled.done)
+    if killed.open or signalled.open:
+        missed = f"{killed.done} of {killed.wanted} kills ({killed.during_save} during a save)"
+        tally.failures.append(f"out of time: {missed}, {signalled.done} of {signalled.wanted} signals")
+
+
+def _files(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float) -> None:
+    damage_for_collect(place, tally)
+    inputs.fuzz_files(place, tally, size.file_rounds, seed)
+    inputs.malicious_pickles(place, zygotes[0], tally)
+
+
+def _configs(
+    place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float
+) -> None:
+    inputs.bad_commands(place, zygotes[0], tally, size.commands)
+    inputs.fuzz_configs(tally, size.configs, seed, place.folder)
+
+
+def _disks(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, *_: Any) -> None:
+    in_own_mounts(place, tally)
+
+
+# In this order: the later ones use the stopped run that `checkpoints` leaves.
+GROUPS = {
+    "checkpoints": _checkpoints,
+    "kills": _kills,
+    "mishaps": _mishaps,
+    "disks": _disks,
+    "configs": _configs,
+    "files": _files,
+}
+
+
+def report(tally: Tally, size: str, seed: int, seconds: float) -> str:
+    """The page under docs/results."""
+    commit = str(git_state(ROOT)["commit"])[:12]
+    lines = [
+        "# Chaos: what runs survive",
+        "",
+        f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`), {seconds / 60:.1f}",
+        f"minutes, commit {commit}, {cpu_name()}, {cores()} cores, Python {platform.python_version()}.",
+        "",
+        "Every continued run is compared with the undisturbed one bit by bit: weights, optimizer, selection biases,",
+        "counters, the window of outliers, every metrics record but the timings, the intervals in which STP was live.",
+        "",
+        "| group | continued: identical / all | damages: detected / all | bad inputs: clean / all | notes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group, found in tally.groups.items():
+        kinds = [found.get(kind) for kind in ("continued", "damage", "input")]
+        cells = [f"{kind[0]} / {kind[1]}" if kind else "" for kind in kinds]
+        notes = ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in found.get("notes", {}).items())
+        lines.append(f"| {group} | {' | '.join(cells)} | {notes} |")
+    lines += ["", f"`{tally.line()}`", ""]
+    lines += [f"Skipped: {words}" for words in tally.skipped] + [f"FAILED: {words}" for words in tally.failures]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _say(started: float, words: str) -> None:
+    print(f"[{time.monotonic() - started:6.1f} s] {words}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
