@@ -121,7 +121,20 @@ def _one_state(states, length, points, valid, weights, kind, tolerance, displace
     return total, n_degenerate
 
 
+# Results are arguments: what a parallel loop writes into arrays made beside it counts as dead and is left out.
 @njit(cache=True, parallel=True, fastmath=FASTMATH, error_model="numpy")
+def _all_states(
+    addresses, B, T, D, points, valid, weights, kind, tolerance, sums, counts, displacements, factors, touched
+):
+    for i in prange(len(sums)):
+        states = carray(_floats(addresses[i]), (B * T, D))
+        touched[i] = _touch(states, T, points)
+        sums[i], counts[i] = _one_state(
+            states, T, points, valid, weights, kind, tolerance, displacements[i], factors[i]
+        )
+
+
+@njit(cache=True, fastmath=FASTMATH, error_model="numpy")
 def _forward(addresses, B, T, D, P, n, kind, tolerance):
     """addresses: of points (P, B, n) int64 token indices, valid (B, n) bool, weights (B, n) float32, then of the
     results, then of the states (B, T, D) float32. All contiguous. (Addresses, since making arrays of tensors takes
@@ -132,20 +145,25 @@ def _forward(addresses, B, T, D, P, n, kind, tolerance):
     (n_states, B, n, 3) float64: weight x 1 / (|a| |b|), cos / |a|^2 and cos / |b|^2, 0 where there is no gradient.
     Returns what keeps `_touch` from being left out.
     """
-    points = carray(_integers(addresses[0]), (P, B, n))
-    valid, weights = carray(_bytes(addresses[1]), (B, n)), carray(_floats(addresses[2]), (B, n))
     n_states = len(addresses) - INPUTS
-    sums, counts = carray(_doubles(addresses[3]), (n_states,)), carray(_integers(addresses[4]), (n_states,))
-    displacements = carray(_floats(addresses[5]), (n_states, 2, B, n, D))
-    factors = carray(_doubles(addresses[6]), (n_states, B, n, 3))
-    touched = np.float32(0.0)
-    for i in prange(n_states):
-        states = carray(_floats(addresses[INPUTS + i]), (B * T, D))
-        touched += _touch(states, T, points)
-        sums[i], counts[i] = _one_state(
-            states, T, points, valid, weights, kind, tolerance, displacements[i], factors[i]
-        )
-    return touched
+    touched = np.empty(n_states, dtype=np.float32)
+    _all_states(
+        addresses[INPUTS:],
+        B,
+        T,
+        D,
+        carray(_integers(addresses[0]), (P, B, n)),
+        carray(_bytes(addresses[1]), (B, n)),
+        carray(_floats(addresses[2]), (B, n)),
+        kind,
+        tolerance,
+        carray(_doubles(addresses[3]), (n_states,)),
+        carray(_integers(addresses[4]), (n_states,)),
+        carray(_floats(addresses[5]), (n_states, 2, B, n, D)),
+        carray(_doubles(addresses[6]), (n_states, B, n, 3)),
+        touched,
+    )
+    return touched[0]
 
 
 @njit(cache=True, fastmath=FASTMATH, error_model="numpy")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,6 +118,17 @@ def added_ms(timing: Timing, way: str) -> float:
     return 1e3 * statistics.median(with_it - without for with_it, without in pairs)
 
 
+def check_gradients(chain: Chain, ways: dict[str, Way]) -> None:
+    """All ways send the same gradient. Without the chain's own, which is a million times larger and would hide it."""
+    silent = replace(chain, head=torch.zeros_like(chain.head))
+    expected = silent.step(naive)().clone()
+    assert float(expected.norm()) > 0
+    for name, way in ways.items():
+        if way is not nothing:
+            error = float((silent.step(way)() - expected).norm() / expected.norm())
+            assert error < 1e-4, f"{name}: other gradients, off by {error:.1e}"
+
+
 def main() -> None:
     chain = Chain.random()
     ways: dict[str, Way] = {
@@ -128,10 +139,7 @@ def main() -> None:
         "row by row": row_by_row,
     }
     steps: dict[str, Callable[[], Any]] = {name: chain.step(way) for name, way in ways.items()}
-    expected = steps["gather and cosine per layer"]()
-    for name in ("ours", "stack everything", "row by row"):
-        torch.testing.assert_close(steps[name](), expected, rtol=1e-4, atol=1e-6, msg=f"{name}: other gradients")
-    assert not torch.allclose(steps["chain alone"](), expected, rtol=1e-6, atol=1e-8), "STP changes no gradient"
+    check_gradients(chain, ways)
     slow = {name: steps[name] for name in ("chain alone", "row by row")}
     quick = {name: step for name, step in steps.items() if name != "row by row"}
     timing, slow_timing = interleave(quick, rounds=ROUNDS), interleave(slow, rounds=9)
