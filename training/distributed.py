@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -100,6 +100,11 @@ class World:
             world.mesh = None
             teardown()
 
+    @classmethod
+    def alone(cls) -> World:
+        """One process that forms no group."""
+        return cls(ParallelConfig(), torch.device("cpu"), 0, 1, None)
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes the receipt, the metrics and the log."""
@@ -118,18 +123,6 @@ class World:
                 compile_block(block)
         if self.mesh is not None:
             shard(model, self.mesh)
-
-    @contextmanager
-    def unsharded(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module's parameters are whole, so that its parts can be called directly."""
-        sharded = self.mesh is not None and hasattr(module, "unshard")
-        if sharded:
-            module.unshard()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            if sharded:
-                module.reshard()  # type: ignore[operator]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place; returns it."""
@@ -200,21 +193,81 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         vars(parameter).update(marks[name])
 
 
+class Recompute:
+    """A block's forward that keeps only its input (full), or also what `KEPT` and our kernels return (selective), and
+    computes the rest again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., Tensor], kind: str) -> None:
+        self.forward, self.kind = forward, kind
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        contexts: dict[str, Any] = {}
+        if self.kind == "selective":
+            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        # no block draws random numbers, so there is no random state to put back
+        return checkpoint(self.forward, *arguments, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
 def recompute(block: nn.Module, kind: str) -> None:
-    """Makes the block's forward keep only its input (full), or also what `KEPT` and our kernels return (selective)."""
-    if kind == "none":
-        return
-    contexts: dict[str, Any] = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
-    )
-    # no block draws random numbers, so there is no random state to put back
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+    """In place, from outside."""
+    if kind != "none":
+        block.forward = Recompute(block.forward, kind)
+
+
+@contextmanager
+def repeatable(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside, forward passes give graphs that can be gone through several times: torch's selective recomputation lets
+    go of what it kept after the first, so everything is computed again instead. The numbers are the same."""
+    blocks: Any = model.blocks
+    found = [block.forward for block in blocks if isinstance(block.forward, Recompute)]
+    selective = [forward for forward in found if forward.kind == "selective"] if wanted else []
+    for forward in selective:
+        forward.kind = "full"
+    try:
+        yield
+    finally:
+        for forward in selective:
+            forward.kind = "selective"
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(operation)
     kept = name.startswith((*KEPT, "amer."))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's own weights are whole, so that its parts can be called directly and its graph gone through
+    once more; afterwards they are cut again. Nothing happens to a module that is not sharded."""
+    is_sharded = hasattr(module, "unshard")
+    if is_sharded:
+        module.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        reshard(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Cuts the module's own weights again, where a forward pass has gathered them."""
+    if hasattr(module, "reshard"):
+        module.reshard()  # type: ignore[operator]
+
+
+@contextmanager
+def keep_gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, backward passes leave the root's weights gathered (the head works outside of its forward), so that the
+    backward pass of the step can follow. For passes that give no gradient to weights."""
+    root: Any = model
+    is_sharded = hasattr(model, "unshard")
+    if is_sharded:
+        root.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if is_sharded:
+            root.set_reshard_after_backward(True, recurse=False)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -229,6 +282,3 @@ def teardown() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-Unsharded = Callable[[nn.Module], AbstractContextManager[None]]

@@ -7,6 +7,7 @@ random state are bit-identical afterwards.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,9 +22,10 @@ from errors import PreflightError
 from losses.objective import Objective
 from losses.triples import Triples
 from model.context import SequenceContext
+from training.distributed import World, repeatable, reshard
 from training.draws import check_draws
 from training.probes import probe_forward
-from training.total import check_total
+from training.total import ForcedTotals, check_total
 from training.wiring import (
     GRADIENT_CHECKS,
     BoundaryResult,
@@ -34,6 +36,7 @@ from training.wiring import (
     flag_vanishing,
 )
 
+RANK_TOLERANCE = 1e-2  # machines of another kind may round otherwise
 ENOUGH_TRIPLES = 48
 MOST_DRAWS = 64
 OTHER_STEPS = 1 << 40  # beyond any run: draws that no training step uses
@@ -84,6 +87,7 @@ class Preflight:
     vocab_size: int
     chunk: int
     seed: int
+    world: World = field(default_factory=World.alone)
 
     @classmethod
     def of(
@@ -93,20 +97,24 @@ class Preflight:
         autocast: Callable[[], AbstractContextManager],
         matmul_dtype: torch.dtype,
         seed: int,
+        world: World | None = None,
     ) -> Preflight:
-        """With the chunk lengths and the vocabulary read off the model."""
+        """With the chunk lengths and the vocabulary read off the model. Every rank proves the same rows."""
         chunks = [getattr(getattr(block.mixer, "config", None), "chunk_size", 0) for block in model.blocks]
         vocab_size = model.embedding.num_embeddings
-        return cls(model, objective, autocast, matmul_dtype, vocab_size, max([32, *chunks]), seed)
+        return cls(
+            model, objective, autocast, matmul_dtype, vocab_size, max([32, *chunks]), seed, world or World.alone()
+        )
 
     def run(self, batch: Batch, triples: Triples) -> PreflightReport:
         """Everything: collector, gradients per boundary, objective, probes. Two rows of the batch are used."""
         started = time.perf_counter()
         report = PreflightReport()
-        with _NoTrace(self.model):
+        with _NoTrace(self.model), repeatable(self.model):
             self._gradients(batch, triples, report)
             if report.checks.get("collector") is None:  # else the probes would look at the wrong tensors
                 self._probes(report)
+        self._agree(report)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -114,10 +122,26 @@ class Preflight:
         """The gradient checks alone: what is proven again at the step where the gate opens."""
         started = time.perf_counter()
         report = PreflightReport()
-        with _NoTrace(self.model):
+        with _NoTrace(self.model), repeatable(self.model):
             self._gradients(batch, triples, report)
+        self._agree(report)
         report.seconds = time.perf_counter() - started
         return report
+
+    def _agree(self, report: PreflightReport) -> None:
+        """Every rank proved the same rows with the same weights, so all must have seen the same, or all refuse."""
+        if self.world.size == 1:
+            return
+        norms = [boundary.grad_norm for boundary in report.boundaries]
+        ranks = self.world.gather({"failed": report.failed(), "norms": norms})
+        report.checks["ranks_agree"] = next(
+            (
+                f"rank {number}: {_difference(seen, ranks[0])}"
+                for number, seen in enumerate(ranks)
+                if _difference(seen, ranks[0])
+            ),
+            None,
+        )
 
     def _probes(self, report: PreflightReport) -> None:
         self.model.eval()
@@ -143,6 +167,8 @@ class Preflight:
         if output is None:
             return
         terms = self.objective.stp_terms(output.hidden_states, output.final, triples)
+        totals = ForcedTotals.of(self.model, self.objective, self.autocast, output, batch, triples)
+        reshard(self.model)
         for index, term in terms.items():
             if self.objective.is_control:
                 report.boundaries.append(_control_result(self.model, output, index, term))
@@ -156,7 +182,7 @@ class Preflight:
         for name in CONTROL_CHECKS if self.objective.is_control else GRADIENT_CHECKS:
             problems = [f"boundary {b.index}: {b.problems[name]}" for b in report.boundaries if name in b.problems]
             report.checks[name] = problems[0] if problems else None
-        report.checks["total"] = check_total(self.model, self.objective, self.autocast, output, batch, triples, terms)
+        report.checks["total"] = check_total(self.model, self.objective, totals, terms)
 
     def _more(self, batch: Batch, triples: Triples) -> Triples:
         """With further draws for the same rows where the step's own are few: a row without room, or equal tokens at the
@@ -222,6 +248,16 @@ class _NoTrace:
         torch.set_rng_state(self.rng)
         if self.cuda_rng:
             torch.cuda.set_rng_state_all(self.cuda_rng)
+
+
+def _difference(seen: dict[str, Any], first: dict[str, Any]) -> str:
+    if seen["failed"]:
+        return f"failed {', '.join(seen['failed'])}"
+    if len(seen["norms"]) != len(first["norms"]) or not all(
+        math.isclose(a, b, rel_tol=RANK_TOLERANCE) for a, b in zip(seen["norms"], first["norms"])
+    ):
+        return "other gradient norms than rank 0"
+    return ""
 
 
 def _rows_with_triples(triples: Triples) -> Tensor:

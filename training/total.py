@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from data.batch import Batch
 from losses.objective import Objective
 from losses.triples import Triples
+from training.gradients import by_backward
 
 VALUE_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-2
@@ -23,37 +25,48 @@ GRADIENT_TOLERANCE = 3e-2
 WEIGHT = 100.0
 
 
-def check_total(
-    model: Any,
-    objective: Objective,
-    autocast: Callable[[], AbstractContextManager],
-    output: Any,
-    batch: Batch,
-    triples: Triples,
-    terms: dict[int | str, Tensor],
-) -> str | None:
+@dataclass(frozen=True)
+class ForcedTotals:
+    """The objective's total with the gate forced open and forced shut, before any backward pass."""
+
+    opened: Tensor
+    closed: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        objective: Objective,
+        autocast: Callable[[], AbstractContextManager],
+        output: Any,
+        batch: Batch,
+        triples: Triples,
+    ) -> ForcedTotals:
+        def total(stp_weight: float) -> Tensor:
+            weight = torch.tensor(stp_weight, device=batch.tokens.device)
+            with torch.enable_grad(), autocast():
+                return objective(output, model.head.weight, batch.labels, triples, stp_weight=weight).total
+
+        return cls(total(WEIGHT), total(0.0))
+
+
+def check_total(model: Any, objective: Objective, totals: ForcedTotals, terms: dict[int | str, Tensor]) -> str | None:
     """Forced open, the objective's total is LM + weight x STP. A control's has exactly the gradient of the LM.
 
     Leaves `.grad` of every parameter as it was. None if all is well, else what was seen.
     """
+    opened, closed = totals.opened, totals.closed
     leaves = _leaves(model)
-
-    def total(stp_weight: float) -> Tensor:
-        weight = torch.tensor(stp_weight, device=batch.tokens.device)
-        with torch.enable_grad(), autocast():
-            return objective(output, model.head.weight, batch.labels, triples, stp_weight=weight).total
-
-    opened, closed = total(WEIGHT), total(0.0)
     if not opened.requires_grad:
         return "it has no gradient"
     stp = sum(terms.values(), torch.zeros((), device=opened.device)) / len(terms)
     expected_total = float(closed.detach()) + WEIGHT * float(stp.detach())
     if not abs(float(opened.detach()) - expected_total) <= VALUE_TOLERANCE * (1 + abs(expected_total)):
         return f"forced open it is {float(opened.detach()):.6f}, LM + weight x STP is {expected_total:.6f}"
-    seen = _by_backward(model, opened, leaves) - _by_backward(model, closed, leaves)
+    seen = _flat(model, opened, leaves) - _flat(model, closed, leaves)
     if objective.is_control:
         return "a control that declares no gradient sends one" if bool(seen.any()) else None
-    expected = WEIGHT * _flat(torch.autograd.grad(stp, leaves, retain_graph=True, allow_unused=True), leaves)
+    expected = WEIGHT * _flat(model, stp, leaves)
     error = float((seen - expected).norm() / expected.norm().clamp_min(1e-300))
     if not error <= GRADIENT_TOLERANCE:
         return f"its gradient differs by {error:.1e} from LM + weight x STP: the term is not in it as configured"
@@ -67,18 +80,10 @@ def _leaves(model: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.requires_grad]
 
 
-def _by_backward(model: Any, loss: Tensor, leaves: list[Tensor]) -> Tensor:
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        loss.backward(retain_graph=True)
-        return _flat([leaf.grad for leaf in leaves], leaves)
-    finally:
-        for parameter, grad in kept:
-            parameter.grad = grad
-
-
-def _flat(grads: Any, leaves: list[Tensor]) -> Tensor:
-    parts = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
-    return torch.cat([part.flatten() for part in parts]).double()
+def _flat(model: Any, scalar: Tensor, leaves: list[Tensor]) -> Tensor:
+    _, grads = by_backward(model, scalar, parameters=leaves)
+    parts = [
+        torch.zeros(leaf.shape, device=leaf.device) if grad is None else grad
+        for grad, leaf in zip(grads, leaves, strict=True)
+    ]
+    return torch.cat([part.flatten().double() for part in parts])

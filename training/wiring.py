@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model.context import SequenceContext
+from training.distributed import unsharded
+from training.gradients import by_backward
 
 LINK_TOLERANCE = 1e-3
 SMALLEST_RATIO = 1e-4  # of the largest boundary gradient; a single parameter must only be non-zero
@@ -108,7 +110,7 @@ def check_boundary(
     term: Tensor,
     autocast: Callable[[], AbstractContextManager],
 ) -> BoundaryResult:
-    """term: this boundary's own STP term (scalar). Gradients only; nothing is accumulated into `.grad`."""
+    """term: this boundary's own STP term (scalar). Gradients only; `.grad` is afterwards as it was."""
     states, depth = output.hidden_states, len(model.blocks)
     if index == "final":
         here, below, module, above = output.final, states[depth], model.final_norm, []
@@ -133,11 +135,10 @@ def check_boundary(
         result.problems["block_parameters"] = f"{frozen[0]} is frozen"
         return result
     above_parameters = [p for block in above for p in block.parameters() if p.requires_grad]
-    targets = [here, *([below] if below is not None else []), *named.values(), *above_parameters]
-    grads = torch.autograd.grad(term, targets, retain_graph=True, allow_unused=True)
-    grad_here, rest = grads[0], list(grads[1:])
-    grad_below = rest.pop(0) if below is not None else None
-    own, over = rest[: len(named)], rest[len(named) :]
+    states_here = [here] if below is None else [here, below]
+    of_states, of_parameters = by_backward(model, term, states_here, [*named.values(), *above_parameters])
+    grad_here, grad_below = of_states[0], of_states[-1]
+    own, over = of_parameters[: len(named)], of_parameters[len(named) :]
 
     if grad_here is None or not bool(torch.isfinite(grad_here).all()) or not bool(grad_here.any()):
         result.problems["state_gradient"] = f"gradient of its term at the state is {_word(grad_here)}"
@@ -152,7 +153,8 @@ def check_boundary(
     if any(grad is not None and bool(grad.any()) for grad in over):
         result.problems["blocks_above"] = "its term reaches a block above it: the list is permuted or off by one"
     if below is not None and grad_below is not None and not result.problems:
-        expected = _link(module, index, below, context, grad_here, autocast)
+        with unsharded(model if index == "final" else module):
+            expected = _link(module, index, below, context, grad_here, autocast)
         error = float((expected - grad_below).double().norm() / expected.double().norm().clamp_min(1e-300))
         if not error < LINK_TOLERANCE:
             result.problems["block_link"] = (
@@ -190,7 +192,7 @@ def check_predictor(model: Any, predictor: nn.Module, terms: list[Tensor]) -> st
         if id(parameter) not in owned:
             return f"{name} is not among the model's parameters: it would be neither trained nor saved"
         for term in terms:
-            (grad,) = torch.autograd.grad(term, parameter, retain_graph=True, allow_unused=True)
+            (grad,) = by_backward(model, term, parameters=[parameter])[1]
             if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
                 return f"gradient of {name} is {_word(grad)}"
     return None
