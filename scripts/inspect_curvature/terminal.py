@@ -100,8 +100,8 @@ def _boundaries(inspection: Inspection) -> Table:
 def _families(inspection: Inspection) -> Table:
     title = "Mean change by one block, output - input (± half of the 95% interval)"
     table = _table(title)
-    table.add_column("family", no_wrap=True)
-    for column in ("blocks", "curvature", "RMS-normed", "untrained", "STP triple", "eff. rank"):
+    table.add_column("")
+    for column in ("n", "curvature", "RMS-normed", "untrained", "STP triple", "eff. rank"):
         table.add_column(column, justify="right", no_wrap=True)
     columns = [
         inspection.families("curvature"),
@@ -130,7 +130,7 @@ def _half(curve: Curve) -> str:
     low, high = curve.interval()
     value, half = float(curve.value[0]), float(high[0] - low[0]) / 2
     digits = 1 if abs(value) >= 1 else 2 if abs(value) >= 0.1 else 3
-    return f"{value:+.{digits}f}" + ("" if np.isnan(half) else f" \u00b1 {half:.{digits}f}")
+    return f"{value:+.{digits}f}" + ("" if np.isnan(half) else f" \u00b1{half:.{digits}f}")
 
 
 def _signed(curve: Curve, index: int) -> str:
