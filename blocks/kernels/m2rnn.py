@@ -138,10 +138,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _derive(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Any, ...]:
-    v, checkpoints = ctx.saved_tensors[2], ctx.saved_tensors[7]
+    saved = ctx.saved_tensors  # read once: activation recomputation gives them out only once
+    v, checkpoints = saved[2], saved[7]
     dy = torch.zeros_like(v) if dy is None else dy
     dlast = torch.zeros_like(checkpoints[:, :, 0]) if dlast is None else dlast
-    *grads, dskip, dinitial = _m2rnn_backward(*ctx.saved_tensors, dy, dlast, ctx.limit, ctx.chunk_size)
+    *grads, dskip, dinitial = _m2rnn_backward(*saved, dy, dlast, ctx.limit, ctx.chunk_size)
     dskip = dskip if ctx.has_skip else None
     dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
     return (*grads, dskip, None, dinitial, None, None)
