@@ -100,7 +100,7 @@ def compute_stp_loss(
     Differences, norms and cosines are computed in float32 (float64 for float64 states). A triple with a displacement
     of at most 1e-6 x the largest norm of its states counts as the constant 1, in the divisor, with zero gradient.
     T < 3, or no valid triple: a zero that is connected to the graph.
-    Raises ValueError: an empty list, states of different shapes, an unknown name.
+    Raises ValueError: an empty list, states of different shapes, triples of another batch, an unknown name.
     """
     states = _as_list(hidden_states, layers)
     batch_size, length, _ = states[0].shape
@@ -170,6 +170,8 @@ def stp_terms(
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     if variant == "detached":
         states = [h.detach() for h in states]
+    if triples.s.shape[0] != states[0].shape[0]:
+        raise ValueError(f"triples: drawn for {triples.s.shape[0]} rows, but the states are {tuple(states[0].shape)}")
     points, valid, lengths = select_points(triples, form, variant)
     weights = triple_weights(valid, lengths, sample_weights, length_weighting)
 

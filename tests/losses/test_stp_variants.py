@@ -123,6 +123,7 @@ def test_divisor_of_the_global_batch_makes_parts_add_up():
         ({"hidden_states": torch.zeros(1, 8, 4, dtype=torch.int64)}, "floating"),
         ({"layers": [5]}, "layers: 5"),
         ({"layers": []}, "empty list"),
+        ({"triples": draw_with_generator("anchor", (2, 8), 1)}, "triples: drawn for 2 rows"),
         ({"form": "tripel"}, "form"),
         ({"variant": "none"}, "variant"),
         ({"distance": "l2"}, "distance"),
