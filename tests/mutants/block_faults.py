@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import train
 from blocks.ablock import Attention
 from blocks.block import Block
 from blocks.eblock import MoE
@@ -9,7 +10,7 @@ from blocks.kernels import m2rnn_mixer, mamba2
 from model.hybrid import HybridLM
 from tests.mutants.collector_faults import ALL, RETURN
 from tests.mutants.mutant import Mutant
-from tests.mutants.patching import Rewrite
+from tests.mutants.patching import Replace, Rewrite
 
 SUM = "return hidden + self.mixer(self.norm(hidden), context)"
 FUSED_M = "kernel_name(zxbcdt.device, zxbcdt.dtype) != CPU_KERNEL"
@@ -28,6 +29,17 @@ def in_parts(old: str, new: str) -> tuple[Rewrite, ...]:
 
 def r_in_parts(old: str, new: str) -> tuple[Rewrite, ...]:
     return Rewrite(m2rnn_mixer.m2rnn_mixer, FUSED_R, "True"), Rewrite(m2rnn_mixer._compose, old, new)
+
+
+def casting_wrapper(honest):
+    """Hooks on every block, put there after the model is built, as a wrapper around modules would."""
+
+    def build(model, config):
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        return honest(model, config)
+
+    return build
 
 
 EXPERTS = "y, rows = grouped_experts(x_products, expert_ids, weights, self.up_proj, self.down_proj, self.kind)"
@@ -98,6 +110,13 @@ MUTANTS = (
         ),
         "collector",
         ALL,
+    ),
+    Mutant(
+        "a sharding wrapper casts the stream",
+        "block outputs are cast to bfloat16 by a hook, as FSDP2 does with output_dtype",
+        (Replace(train, "build_optimizer", casting_wrapper),),
+        "collector",
+        ("precision=bf16", "stp.boundaries=[1,2,3,4]"),
     ),
     Mutant(
         "leak through attention",
