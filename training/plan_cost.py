@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blocks.block import Block
 from model.hybrid import HybridLM
 from training.plan_hardware import Cluster
 
@@ -44,12 +45,13 @@ class Flops:
 
 
 def flops_per_token(model: HybridLM, sequence_length: int, recomputed: str) -> Flops:
-    """full: every block's forward once more. selective: only products that are not kept, which are those inside
+    """full: every block's forward once more, up to its last linear layer (torch stops at the last tensor that the
+    backward pass needs). selective: only products that are not kept, which are those inside
     attention and scan; linear layers, experts and the recurrence's results are kept."""
     layout = model.layout(sequence_length)
     again = 0.0
     if recomputed == "full":
-        again = sum(row["flops_per_token"] for row in layout)
+        again = sum(row["flops_per_token"] for row in layout) - sum(2 * _last_linear(block) for block in model.stack)
     elif recomputed == "selective":
         for block, row in zip(model.stack, layout, strict=True):
             if block.letter in "AM":
@@ -57,6 +59,15 @@ def flops_per_token(model: HybridLM, sequence_length: int, recomputed: str) -> F
                 again += row["flops_per_token"] - 2 * linear
     forward = model.flops_per_token(sequence_length)
     return Flops(forward, 3 * forward + again)
+
+
+def _last_linear(block: Block) -> int:
+    """Weights of the linear layer that ends a block; 0 where routed experts do."""
+    mixer = block.mixer
+    if block.letter == "E":
+        expert = mixer.dense or mixer.shared
+        return 0 if expert is None else expert.down_proj.weight.numel()
+    return (mixer.o_proj if block.letter == "A" else mixer.out_proj).weight.numel()
 
 
 @dataclass(frozen=True)
