@@ -77,7 +77,8 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
             compile_blocks(model)
 
         with Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
-            for batch in batches:
+            # A run that was killed between its last save and its end has nothing left to do but to say so.
+            for batch in batches if state.tokens < config.train.tokens else ():
                 batch = batch.to(machine.device)
                 triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
                 stp_weight = gate.weight(state.tokens) if config.stp.enabled else 0.0

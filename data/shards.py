@@ -130,7 +130,9 @@ class Shard:
     def document_start(self, document: int) -> int:
         """Token at which a document begins; n_tokens for document == n_documents."""
         sequence = int(self._documents[document])
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < self.n_sequences else self.n_tokens
+        if sequence == self.n_sequences:
+            return self.n_tokens
+        return int(self._starts(np.array([sequence]))[0])
 
     def document_at(self, token: int) -> int:
         """The document that holds a token, in O(log n) touches (searchsorted would copy an unaligned map whole)."""
@@ -141,9 +143,16 @@ class Shard:
         """Tokens in [begin, end) at which a document begins, ascending."""
         first = self.document_at(begin)
         last = self.document_at(end - 1)
-        sequences = self._documents[first : last + 1]
-        starts = self._pointers[sequences] // self.dtype.itemsize
+        starts = self._starts(self._documents[first : last + 1])
         return np.unique(starts[starts >= begin])
+
+    def _starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens at which sequences begin. Raises InputError where a damaged index points outside of the shard."""
+        inside = (sequences >= 0) & (sequences < self.n_sequences)
+        starts = self._pointers[np.where(inside, sequences, 0)] // self.dtype.itemsize
+        if not (inside & (starts >= 0) & (starts <= self.n_tokens)).all():
+            raise InputError(f"{idx_path(self.prefix)}: the index is damaged: a document lies outside of the shard")
+        return starts
 
 
 def bin_path(prefix: Path) -> Path:

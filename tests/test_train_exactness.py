@@ -1,6 +1,7 @@
 """What a run must not depend on: interruptions, micro-batches, a bad step."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,27 +19,79 @@ def place(tmp_path, monkeypatch):
     return make_place(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("stop_after", [5, 7])
-def test_resume_is_exact(place, monkeypatch, stop_after):
-    """All four letters, the ramp in progress, accumulation 2, a validation on the way: equal to the last bit."""
-    start(monkeypatch, "run_id=whole")
+def stop_at(monkeypatch, step):
+    """SIGTERM while the given step is recorded."""
     honest = Run.record
 
     def record(self, state, *args):
         honest(self, state, *args)
-        if state.step == stop_after:
+        if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Run, "record", record)
+
+
+@pytest.mark.parametrize("stop_after", [5, 7])
+def test_resume_is_exact(place, monkeypatch, stop_after):
+    """All four letters, the ramp in progress, accumulation 2, a validation on the way: equal to the last bit."""
+    start(monkeypatch, "run_id=whole")
+    stop_at(monkeypatch, stop_after)
     with pytest.raises(Stopped):
         start(monkeypatch, "run_id=parts")
     assert receipt("parts")["status"] == "stopped"
-    monkeypatch.setattr(Run, "record", honest)
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
     start(monkeypatch, "run_id=parts")
     assert losses("parts") == losses("whole")
     whole, parts = last_weights("whole"), last_weights("parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert receipt("parts")["stp"]["live_tokens"] == receipt("whole")["stp"]["live_tokens"]
+
+
+@pytest.mark.parametrize("stop_after", [4, 5])
+def test_resume_skips_the_outliers_that_the_undisturbed_run_skips(place, monkeypatch, stop_after):
+    window = ["health.outliers=skip", "health.outlier_sigmas=1", "health.outlier_window=8"]
+    plan = [*window, "optimizer.learning_rate=0.1", "train.tokens=3000"]  # wild enough to have some
+    start(monkeypatch, "run_id=whole", *plan)
+    assert receipt("whole")["skipped_steps"] >= 2
+    stop_at(monkeypatch, stop_after)
+    with pytest.raises(Stopped):
+        start(monkeypatch, "run_id=parts", *plan)
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    start(monkeypatch, "run_id=parts", *plan)
+    assert losses("parts") == losses("whole")
+    assert receipt("parts")["skipped_steps"] == receipt("whole")["skipped_steps"]
+
+
+def test_a_kill_between_the_last_save_and_the_end_adds_no_step(place, monkeypatch):
+    def die(self, state):
+        self.saver.wait()
+        raise KeyboardInterrupt
+
+    start(monkeypatch, "run_id=whole")
+    honest = Run.finish
+    monkeypatch.setattr(Run, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        start(monkeypatch, "run_id=parts")
+    monkeypatch.setattr(Run, "finish", honest)
+    start(monkeypatch, "run_id=parts")
+    assert losses("parts") == losses("whole")
+    for key in ("status", "step", "tokens"):
+        assert receipt("parts")[key] == receipt("whole")[key]
+
+
+def test_a_run_that_lost_its_checkpoints_begins_from_the_same_weights_again(place, monkeypatch):
+    start(monkeypatch, "run_id=teacher")
+    start(monkeypatch, "run_id=whole", "init_from=teacher", "train.tokens=900")
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        start(monkeypatch, "run_id=parts", "init_from=teacher", "train.tokens=900")
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    shutil.rmtree("runs/parts/checkpoints")
+    start(monkeypatch, "run_id=parts", "init_from=teacher", "train.tokens=900")
+    assert losses("parts") == losses("whole")
 
 
 def test_accumulation_changes_nothing_but_rounding(place, monkeypatch):

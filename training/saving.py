@@ -33,12 +33,15 @@ class Saver:
         self.config, self.folder, self.model, self.optimizer = config, folder, model, optimizer
         self.message = message
         self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message)
+        self._on_disk: int | None = None  # the newest step known to be there, whole
 
     def restore(self) -> State:
         """Fills model and optimizer from the newest valid checkpoint, or the model alone from `init_from`."""
         path = self.checkpoints.latest_valid() if self.folder.resumes else None
         if path is not None:
-            return State(**load_checkpoint(path, self._tensors())["run"])
+            state = State(**load_checkpoint(path, self._tensors())["run"])
+            self._on_disk = state.step
+            return state
         if self.folder.resumes:
             self.message(f"{self.folder.path}: no valid checkpoint, starting from the beginning")
         if self.config.init_from is not None:
@@ -58,7 +61,8 @@ class Saver:
         """Raises StorageError unless this very step is on the disk: what follows claims that it is."""
         problem = self.checkpoints.wait()
         self._list(receipt)
-        if problem or not self.checkpoints.saved or self.checkpoints.saved[-1].step != state.step:
+        self._on_disk = self.checkpoints.saved[-1].step if self.checkpoints.saved else self._on_disk
+        if problem or self._on_disk != state.step:
             older = self.checkpoints.paths()
             where = f"the newest is {older[0].name}" if older else "there is none yet"
             raise StorageError(f"{problem or f'step {state.step} was not saved'}; {where}: make room and start again")

@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Size:
 
 SIZES = {
     "nightly": Size(kills=220, signals=60, configs=5000, file_rounds=60, commands=99, seconds=2700),
-    "slice": Size(kills=24, signals=6, configs=250, file_rounds=4, commands=12, seconds=110),
+    "slice": Size(kills=24, signals=6, configs=250, file_rounds=4, commands=12, seconds=300),
 }
 
 
@@ -57,20 +58,26 @@ def main() -> int:
     size = SIZES[arguments.size]
     size.kills = size.kills if arguments.kills is None else arguments.kills
     tally, started = Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="amer-chaos-") as folder:
+    chosen = arguments.only or list(GROUPS)
+    with tempfile.TemporaryDirectory(prefix="amer-chaos-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
         place = Place(Path(folder))
-        seconds = place.build()
-        _say(started, f"undisturbed run: {seconds:.1f} s as a command")
-        with ThreadPoolExecutor(arguments.workers) as pool:
-            zygotes = list(pool.map(lambda number: Zygote(place, number), range(arguments.workers)))
-            _say(started, f"{len(zygotes)} workers; {zygotes[0].seconds:.1f} s per undisturbed run in one")
-            chosen = arguments.only or list(GROUPS)
-            for name in GROUPS:
-                if name in chosen or (name == "checkpoints" and {"mishaps", "files", "disks"} & set(chosen)):
-                    GROUPS[name](place, zygotes, pool, tally, size, arguments.seed, started)
-                    _say(started, f"{name}: {tally.line()}")
-            for zygote in zygotes:
-                zygote.__exit__()
+        _say(started, f"undisturbed run: {place.build():.1f} s as a command")
+        zygotes = list(pool.map(lambda number: Zygote(place, number), range(arguments.workers)))
+        _say(started, f"{len(zygotes)} workers; {zygotes[0].seconds:.1f} s per undisturbed run in one")
+        interruptions = Interruptions(place, tally, size, arguments.seed, started + size.seconds)
+        killing = [pool.submit(interruptions.work, zygote) for zygote in zygotes[1:] if "kills" in chosen]
+        for name, group in GROUPS.items():
+            if name in chosen or (name == "checkpoints" and {"mishaps", "files", "disks"} & set(chosen)):
+                if name == "files":  # these damage the corpus itself, so nothing else may run
+                    for one in killing:
+                        one.result()
+                group(place, zygotes[0], tally, size, arguments.seed, interruptions)
+                _say(started, f"{name}: {tally.line()}")
+        for one in killing:
+            one.result()
+        interruptions.close()
+        for zygote in zygotes:
+            zygote.__exit__()
     if arguments.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(report(tally, arguments.size, arguments.seed, time.monotonic() - started))
@@ -83,54 +90,63 @@ def main() -> int:
     return 0 if tally.passed else 1
 
 
-def _checkpoints(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, *_: Any) -> None:
-    damage_checkpoints(place, zygotes[0], tally)
+class Interruptions:
+    """Chains of signals, then of kills, by as many workers as there are; they share the numbers that are wanted."""
+
+    def __init__(self, place: Place, tally: Tally, size: Size, seed: int, until: float) -> None:
+        self.place, self.tally, self.seed, self.until = place, tally, seed, until
+        self.killed, self.signalled = kills.Quota(size.kills, share_during_save=1 / 3), kills.Quota(size.signals)
+
+    def work(self, zygote: Zygote) -> None:
+        name = f"{self.seed}-{zygote.number}"
+        kills.signal_chains(self.place, zygote, self.signalled, self.tally, name, self.until)
+        kills.kill_chains(self.place, zygote, self.killed, self.tally, name, self.until)
+
+    def close(self) -> None:
+        killed, signalled = self.killed, self.signalled
+        if not (killed.done or signalled.done):
+            return
+        self.tally.note(kills.GROUP_KILLS, kills=killed.done, during_a_save=killed.during_save)
+        self.tally.note(kills.GROUP_SIGNALS, signals=signalled.done)
+        if killed.open or signalled.open:
+            missed = f"{killed.done} of {killed.wanted} kills ({killed.during_save} during a save)"
+            self.tally.failures.append(f"out of time: {missed}, {signalled.done} of {signalled.wanted} signals")
 
 
-def _mishaps(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, *_: Any) -> None:
-    mishaps.all_mishaps(place, zygotes[0], tally)
+def _checkpoints(place: Place, zygote: Zygote, tally: Tally, size: Size, *_: Any) -> None:
+    damage_checkpoints(place, zygote, tally)
 
 
-def _kills(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float) -> None:
-    killed, signalled = kills.Quota(size.kills, share_during_save=1 / 3), kills.Quota(size.signals)
-    until = time.monotonic() + size.seconds
-
-    def work(number: int) -> None:
-        kills.kill_chains(place, zygotes[number], killed, tally, f"{seed}-{number}", until)
-        kills.signal_chains(place, zygotes[number], signalled, tally, f"{seed}-{number}", until)
-
-    list(pool.map(work, range(len(zygotes))))
-    tally.note(kills.GROUP_KILLS, kills=killed.done, during_a_save=killed.during_save)
-    tally.note(kills.GROUP_SIGNALS, signals=signalled.done)
-    if killed.open or signalled.open:
-        missed = f"{killed.done} of {killed.wanted} kills ({killed.during_save} during a save)"
-        tally.failures.append(f"out of time: {missed}, {signalled.done} of {signalled.wanted} signals")
+def _mishaps(place: Place, zygote: Zygote, tally: Tally, size: Size, *_: Any) -> None:
+    mishaps.all_mishaps(place, zygote, tally)
 
 
-def _files(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float) -> None:
-    damage_for_collect(place, tally)
-    inputs.fuzz_files(place, tally, size.file_rounds, seed)
-    inputs.malicious_pickles(place, zygotes[0], tally)
-
-
-def _configs(
-    place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, size: Size, seed: int, started: float
-) -> None:
-    inputs.bad_commands(place, zygotes[0], tally, size.commands)
-    inputs.fuzz_configs(tally, size.configs, seed, place.folder)
-
-
-def _disks(place: Place, zygotes: list[Zygote], pool: Any, tally: Tally, *_: Any) -> None:
+def _disks(place: Place, zygote: Zygote, tally: Tally, *_: Any) -> None:
     in_own_mounts(place, tally)
 
 
+def _configs(place: Place, zygote: Zygote, tally: Tally, size: Size, seed: int, _: Any) -> None:
+    inputs.bad_commands(place, zygote, tally, size.commands)
+    inputs.fuzz_configs(tally, size.configs, seed, place.folder)
+
+
+def _kills(place: Place, zygote: Zygote, tally: Tally, size: Size, seed: int, interruptions: Interruptions) -> None:
+    interruptions.work(zygote)  # the other workers have been at it since the start
+
+
+def _files(place: Place, zygote: Zygote, tally: Tally, size: Size, seed: int, _: Any) -> None:
+    damage_for_collect(place, tally)
+    inputs.fuzz_files(place, tally, size.file_rounds, seed)
+    inputs.malicious_pickles(place, zygote, tally)
+
+
 # In this order: the later ones use the stopped run that `checkpoints` leaves.
-GROUPS = {
+GROUPS: dict[str, Callable[..., None]] = {
     "checkpoints": _checkpoints,
-    "kills": _kills,
     "mishaps": _mishaps,
     "disks": _disks,
     "configs": _configs,
+    "kills": _kills,
     "files": _files,
 }
 

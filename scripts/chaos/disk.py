@@ -5,6 +5,7 @@ Run as a process of its own by scripts.chaos: `unshare --mount` as root, `unshar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -101,18 +102,14 @@ def _full_while_saving(place: Place, zygote: Zygote, tally: Tally) -> None:
 def _full_from_the_middle_on(place: Place, zygote: Zygote, tally: Tally) -> None:
     """The disk fills up and is freed again while it trains: metrics and receipt wait, nothing is lost."""
     folder = place.runs / "filling"
-    _mount(folder, "4m")
+    _mount(folder, "8m")
     pid = zygote.start("filling")
     while len(list((folder / "checkpoints").glob("step-*"))) < 2 and not zygote.is_done():
         time.sleep(0.001)
     filler = folder / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 12))
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
     time.sleep(0.5)
     alive = not zygote.is_done()
     filler.unlink(missing_ok=True)

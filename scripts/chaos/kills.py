@@ -44,10 +44,11 @@ def kill_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed: 
         number += 1
         run_id = f"killed-{seed}-{number}"
         kills, planned = 0, chance.randint(2, 7)
+        folder = place.runs / run_id / "checkpoints"
         while True:
+            before = _halves(folder)
             pid = zygote.start(run_id)
             if kills < planned:
-                folder = place.runs / run_id / "checkpoints"
                 if chance.random() < 0.65:
                     _until_saving(folder, zygote, saves=chance.randint(1, 3))
                     _pause(chance.uniform(0.0, 0.08), zygote)
@@ -58,7 +59,7 @@ def kill_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed: 
             code, said = zygote.wait()
             if code == -signal.SIGKILL:
                 kills += 1
-                quota.count(_saving(folder))
+                quota.count(bool(_halves(folder) - before))
             elif kills:
                 problem = f"exit code {code}: {said[-400:]}" if code else place.difference(run_id)
                 tally.add("continued", GROUP_KILLS, problem is None, f"{run_id} after {kills} kills: {problem}")
@@ -121,9 +122,11 @@ def _until_saving(folder: Path, zygote: Zygote, saves: int) -> None:
         time.sleep(0.001)
 
 
-def _saving(folder: Path) -> bool:
-    """Whether a killed process left half a save, or half a removal of an old one."""
-    return folder.is_dir() and any(path.name.startswith((TEMPORARY, DELETING)) for path in folder.iterdir())
+def _halves(folder: Path) -> set[tuple[str, int]]:
+    """Half a save, or half a removal of an old one: what a process leaves that was killed in the middle of it."""
+    if not folder.is_dir():
+        return set()
+    return {(path.name, path.inode()) for path in os.scandir(folder) if path.name.startswith((TEMPORARY, DELETING))}
 
 
 def _pause(seconds: float, zygote: Zygote) -> None:

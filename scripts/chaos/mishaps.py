@@ -63,15 +63,15 @@ def _collisions(place: Place, zygote: Zygote, tally: Tally) -> None:
 
 
 def _simultaneous_starts(place: Place, tally: Tally) -> None:
-    """Three real processes begin one new run at the same moment: one runs it, two are refused."""
-    processes = [place.popen("run_id=race") for _ in range(3)]
+    """Two real processes begin one new run at the same moment: one runs it, the other is refused."""
+    processes = [place.popen("run_id=race") for _ in range(2)]
     ends = [(process.communicate(timeout=120), process.returncode) for process in processes]
     winners = [code for _, code in ends if code == 0]
     for (_, err), code in ends:
         if code != 0:
             tally.add("input", GROUP, refused_cleanly(code, err), f"start at once: {code} {err[-300:]}")
-    problem = f"{len(winners)} of 3 ran it" if len(winners) != 1 else ""
-    _finish(place, tally, "race", 0 if not problem else 1, problem, "three starts at once")
+    problem = f"{len(winners)} of 2 ran it" if len(winners) != 1 else ""
+    _finish(place, tally, "race", 0 if not problem else 1, problem, "two starts at once")
 
 
 def _stale_owners(place: Place, zygote: Zygote, tally: Tally) -> None:

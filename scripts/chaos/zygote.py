@@ -25,7 +25,7 @@ class Zygote:
     """The caller's end: one child at a time. A context manager."""
 
     def __init__(self, place: Place, number: int = 0) -> None:
-        self.place = place
+        self.place, self.number = place, number
         self.log = place.folder / f"zygote-{number}.log"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "scripts.chaos.zygote", f"{WARM}-{number}"],

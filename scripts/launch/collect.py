@@ -72,9 +72,12 @@ def _checkpoints(folder: Path, receipt: dict[str, Any]) -> list[Check]:
 def _data(receipt: dict[str, Any]) -> list[Check]:
     data = receipt.get("data") or {}
     folder = Path(str(data.get("folder") or ""))
-    if not data.get("folder") or not (folder / MANIFEST).is_file():
+    if not data.get("folder") or not folder.is_dir():
         return [Check("data", None, f"{data.get('folder')} is not here: its manifest is {data.get('manifest_sha256')}")]
-    checks = [_compare(f"{folder}/{MANIFEST}", sha256_file(folder / MANIFEST), data.get("manifest_sha256"))]
+    try:
+        checks = [_compare(f"{folder}/{MANIFEST}", sha256_file(folder / MANIFEST), data.get("manifest_sha256"))]
+    except OSError as error:
+        return [Check(f"{folder}/{MANIFEST}", False, str(error.strerror))]
     try:
         by_size = verify(folder)  # the tokenizer too: it is opened by its hash in the manifest
         note = f"{len(by_size)} shards used in place, by size alone" if by_size else "every shard and the tokenizer"
