@@ -208,11 +208,11 @@ class _Planner:
 
 # What a reader has to know about the figures; shown below them and in --json.
 NOTES = (
-    "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for flex attention, causal_conv1d and "
-    "mamba_chunk_scan_combined. UNMEASURED on a GPU; the same method is checked against a CPU's peak (--measure), "
-    "whose kernels keep other tensors.",
+    "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for RMSNorm, flex attention, "
+    "causal_conv1d and mamba_chunk_scan_combined. UNMEASURED on a GPU. The same method meets a CPU's measured peak "
+    "(--measure), but the CPU's kernels keep other tensors.",
     "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. UNMEASURED.",
     "Time: executed matmul FLOPs at the assumed share of the peak, rings at the assumed share of the links. "
     "UNMEASURED. R's time loop, latencies, data, validation and checkpoints are not in it.",
-    "A step with gradient probes (train.probe_every) and preflight hold more than a plain step. Not in it.",
+    "Steps with gradient probes (train.probe_every) and preflight hold more than a plain step. Not in it.",
 )

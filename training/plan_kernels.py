@@ -129,6 +129,7 @@ def cuda_branches() -> Iterator[None]:
     """Inside, blocks take the branches that they take on a GPU in bfloat16, on tensors of any device, and the kernels
     of other packages are replaced by stand-ins that hold what those hold."""
     changes: list[tuple[Any, str, Any]] = [
+        (torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight)),
         (qk_norm_rope, "kernel_name", lambda *_: qk_norm_rope.REFERENCE),
         (blocks.ablock, "document_attention", lambda q, k, v, *_: FlexAttention.apply(q, k, v)),
         (mamba2, "kernel_name", lambda *_: ssd.CUDA_KERNEL),
@@ -149,6 +150,20 @@ def cuda_branches() -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+class FusedNorm(torch.autograd.Function):
+    """torch's RMSNorm on a GPU keeps its input and one number per token; on a CPU it keeps the normed input too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 class FlexAttention(torch.autograd.Function):
