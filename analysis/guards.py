@@ -92,7 +92,7 @@ def guards(model: Measured, reference: Measured | None = None) -> list[Guard]:
             model,
             "standing still",
             "steps without a direction, left out",
-            model.get("dropped_steps").value,
+            _behind_the_embedding(model, model.get("dropped_steps").value),
             DROPPED,
             "{:.2%}",
             f"> {DROPPED:.0%}",
@@ -112,6 +112,12 @@ def _worst(model: Measured, name: str, reads: str, values: FloatArray, limit: fl
     value = float(values[worst])
     state = "look" if value > limit else "ok"
     return Guard(name, state, reads, value, shown.format(value), says, model.boundaries[worst])
+
+
+def _behind_the_embedding(model: Measured, values: FloatArray) -> FloatArray:
+    """Without boundary 0, where the same word twice is no step by construction; all values where there is no other."""
+    later = np.array([boundary != 0 for boundary in model.boundaries])
+    return np.where(later, values, np.nan) if later.any() else values
 
 
 def _rank(model: Measured, reference: Measured, metric: str, what: str) -> Guard:
