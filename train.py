@@ -108,11 +108,11 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                     measured.add(loss)
 
                 grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
+                progress_made = (state.tokens + loss_tokens) / config.train.tokens
+                factor = learning_rate_factor(config.schedule, progress_made)
+                set_learning_rate(optimizer, factor * config.optimizer.learning_rate)
                 accepted = guard.accepts(measured, grad_norm, batch, state)
                 if accepted:
-                    progress_made = (state.tokens + loss_tokens) / config.train.tokens
-                    factor = learning_rate_factor(config.schedule, progress_made)
-                    set_learning_rate(optimizer, factor * config.optimizer.learning_rate)
                     optimizer.step()
                     for mixer in model.moe_mixers():
                         mixer.update_bias()
