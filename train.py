@@ -114,8 +114,8 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                 accepted = guard.accepts(measured, grad_norm, batch, state)
                 if accepted:
                     optimizer.step()
-                    for mixer in model.moe_mixers():
-                        mixer.update_bias()
+                for mixer in model.moe_mixers():
+                    mixer.update_bias() if accepted else mixer.start_counting()
                 optimizer.zero_grad(set_to_none=True)
 
                 run.record(state, measured, grad_norm, stp_weight, accepted, loss_tokens)

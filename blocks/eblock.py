@@ -175,6 +175,14 @@ class MoE(nn.Module):
         load = self.counts.to(self.expert_bias.dtype)
         self.expert_bias += self.bias_update_rate * (load.mean() - load).sign()
         self.expert_bias -= self.expert_bias.mean()
+        self.start_counting()
+
+    @torch.no_grad()
+    def start_counting(self) -> None:
+        """The counts start anew, those so far are what `metrics` shows. Alone after a step that is not taken: the bias
+        stays, and nothing of it reaches the next update."""
+        if self.dense is not None:
+            return
         self.last_counts.copy_(self.counts)
         self.last_entropy.copy_(self.entropy)
         self.counts.zero_()
