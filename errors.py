@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -87,7 +88,8 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except (InputError, PreflightError, StorageError, Stopped) as error:
-        print(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of many ranks one speaks
+            print(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -97,4 +99,6 @@ def exit_with(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         code = StorageError.exit_code
+    if "TORCHELASTIC_RUN_ID" in os.environ and code == Stopped.exit_code:
+        code = 0  # torchrun takes any other code for a failure and starts the job again; the receipt has the truth
     sys.exit(code)

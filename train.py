@@ -21,16 +21,16 @@ from losses.objective import Objective
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from training import summary
-from training.compile import compile_blocks
 from training.config import RunConfig, load_config
+from training.distributed import World, keep_gathered, repeatable
 from training.evidence import gradient_evidence
 from training.hardware import Machine
 from training.health import StepGuard
 from training.lifecycle import Run
-from training.measured import Measured
+from training.measured import Measured, over_ranks
 from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from training.preflight import Preflight
-from training.run import choose_run
+from training.run import RunFolder, choose_run
 from training.schedule import learning_rate_factor
 from training.signals import StopSignals
 
@@ -53,28 +53,37 @@ def main() -> int:
 
 
 def train(config: RunConfig, name: str, warnings: list[str]) -> None:
-    """One run, to its token budget or a stop signal. Whatever can be known about it is in its folder afterwards."""
-    folder = choose_run(config, name)
+    """One run, on one process or on all that torchrun started."""
     machine = Machine.resolve(config)
+    with World.join(config.parallel, machine.device) as world:
+        train_in(world, machine, config, name, warnings)
+
+
+def train_in(world: World, machine: Machine, config: RunConfig, name: str, warnings: list[str]) -> None:
+    """To the token budget or a stop signal. Whatever can be known about the run is in its folder afterwards."""
+    folder = RunFolder.from_json(world.from_main(lambda: choose_run(config, name).as_json()))
     with show_progress() as progress:
-        data = prepare(config.data, progress=progress)
+        data = world.main_first(lambda: prepare(config.data, progress=progress))
 
     model = HybridLM(config.model, data.vocab_size)
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    model.to(machine.device).train()
-    optimizer = build_optimizer(model, config.optimizer)
     objective = Objective(config.stp, model.letters, seed=config.seed)
+    if predictor := objective.make_predictor(config.model.d_model):
+        model.stp_predictor = predictor  # stp.predictor: trained and saved with the model
+    model.to(machine.device).train()
+    world.parallelize(model, config.train.compile)
+    optimizer = build_optimizer(model, config.optimizer)
     gate = TokenGate(config.stp.gate, config.stp.weight)
     stream = TrainStream(data, config.data.sequence_length, config.train.batch_rows, seed=config.seed)
-    micro_batches = torch.arange(config.train.batch_rows, device=machine.device).chunk(config.train.accumulation)
+    # Every rank reads the layout of the whole step, so counts need no communication, and works on its own rows.
+    micro_batches = world.my_rows(config.train.batch_rows).chunk(config.train.accumulation)
 
-    with StopSignals() as signals, Run(config, folder, machine, data, model, optimizer, objective, warnings) as run:
+    run_of = Run(config, folder, machine, data, model, optimizer, objective, world, warnings)
+    with StopSignals() as signals, run_of as run:
         state = run.restored
         machine.check_kernels("".join(model.letters))
         guard = StepGuard(config.health, config.train.max_skipped_steps, folder.path)
-        preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed)
-        if config.train.compile == "blocks":
-            compile_blocks(model)
+        preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed, world)
 
         with Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
             # A run that was killed between its last save and its end has nothing left to do but to say so.
@@ -91,7 +100,8 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                 stp_divisor = objective.divisor(triples) if triples is not None else None
                 measured = Measured()
                 for number, rows in enumerate(micro_batches):
-                    with machine.autocast():
+                    probing = number == 0 and stp_weight != 0 and state.step % config.train.probe_every == 0
+                    with machine.autocast(), repeatable(model, probing):
                         output = model(batch.tokens[rows], SequenceContext.from_document_ids(batch.document_ids[rows]))
                         loss = objective(
                             output,
@@ -102,11 +112,13 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                             lm_divisor=max(loss_tokens, 1),
                             stp_divisor=stp_divisor,
                         )
-                    if number == 0 and stp_weight and state.step % config.train.probe_every == 0:
-                        measured.evidence = gradient_evidence(objective, output, loss)
+                    if probing:
+                        with keep_gathered(model):
+                            measured.evidence = gradient_evidence(objective, output, loss)
                     loss.total.backward()  # total = lm + stp_weight * stp
                     measured.add(loss)
 
+                over_ranks(measured, world, signals)
                 grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
                 progress_made = (state.tokens + loss_tokens) / config.train.tokens
                 factor = learning_rate_factor(config.schedule, progress_made)
@@ -115,7 +127,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
                 if accepted:
                     optimizer.step()
                 for mixer in model.moe_mixers():
-                    mixer.update_bias() if accepted else mixer.start_counting()
+                    mixer.update_bias(world.sum) if accepted else mixer.start_counting()
                 optimizer.zero_grad(set_to_none=True)
 
                 run.record(state, measured, grad_norm, stp_weight, accepted, loss_tokens)

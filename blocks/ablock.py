@@ -115,7 +115,9 @@ class Attention(nn.Module):
     def init_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
         """k, v (B, max_length, G, d) and position (B,): the next token's index in its document."""
         weight = self.qkv_proj.weight
-        cache = weight.new_zeros(batch_size, max_length, self.n_kv_heads, self.head_dim)
+        cache = torch.zeros(
+            batch_size, max_length, self.n_kv_heads, self.head_dim, dtype=weight.dtype, device=weight.device
+        )
         return {
             "k": cache,
             "v": cache.clone(),

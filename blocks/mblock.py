@@ -157,9 +157,16 @@ class Mamba2(nn.Module):
         """conv (B, C, K - 1): the last inputs of the convolution; ssm (B, H, P, N). Both zero."""
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         return {
-            "conv": self.A_log.new_zeros(batch_size, self.conv_dim, self.config.d_conv - 1, dtype=wide),
-            "ssm": self.A_log.new_zeros(
-                batch_size, self.n_heads, self.config.head_dim, self.config.d_state, dtype=wide
+            "conv": torch.zeros(
+                batch_size, self.conv_dim, self.config.d_conv - 1, dtype=wide, device=self.A_log.device
+            ),
+            "ssm": torch.zeros(
+                batch_size,
+                self.n_heads,
+                self.config.head_dim,
+                self.config.d_state,
+                dtype=wide,
+                device=self.A_log.device,
             ),
         }
 

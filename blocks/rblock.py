@@ -132,8 +132,10 @@ class M2RNN(nn.Module):
         weight, config = self.state_weight, self.config
         wide = torch.promote_types(weight.dtype, torch.float32)
         return {
-            "conv": weight.new_zeros(batch_size, self.conv_dim, config.d_conv - 1, dtype=wide),
-            "state": weight.new_zeros(batch_size, self.n_heads, config.key_dim, config.value_dim, dtype=wide),
+            "conv": torch.zeros(batch_size, self.conv_dim, config.d_conv - 1, dtype=wide, device=weight.device),
+            "state": torch.zeros(
+                batch_size, self.n_heads, config.key_dim, config.value_dim, dtype=wide, device=weight.device
+            ),
         }
 
     def step(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import InputError, require_choice, require_number
+from training.distributed import World
 from training.durable import canonical_json, fsync_path, write_durably
 from training.manifest import damages, read_manifest, write_manifest
 from training.tensor_store import Tree, flatten, read_tensors, snapshot, write_tensors
@@ -71,11 +72,17 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: str | Path, config: CheckpointConfig | None = None, message: Callable[[str], None] = print
+        self,
+        folder: str | Path,
+        config: CheckpointConfig | None = None,
+        message: Callable[[str], None] = print,
+        world: World | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.config = config or CheckpointConfig()
         self.message = message
+        self.world = world or World.alone()
+        self._group = self.world.side_group()  # the writing thread talks beside the training one
         # Finished saves of this process whose folders are still there, oldest first.
         self.saved: list[Saved] = []
         self._known_damaged: set[Path] = set()
@@ -116,10 +123,14 @@ class Checkpointer:
 
     def latest_valid(self) -> Path | None:
         """The newest checkpoint whose every byte is what its manifest says; skipped ones are named by `message`."""
+        found = self.world.from_main(self._latest_valid)
+        return None if found is None else Path(found)
+
+    def _latest_valid(self) -> str | None:
         for path in self.paths():
             problems = damages(path) or _unreadable(path)
             if not problems:
-                return path
+                return str(path)
             self._known_damaged.add(path)
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             self.message(f"skipped damaged checkpoint {path}: {problems[0]}{more}")
@@ -140,27 +151,55 @@ class Checkpointer:
         started = time.monotonic()
         temporary = self.folder / f"{TEMPORARY}{step:08d}"
         try:
-            self._clean()
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            write_tensors(temporary / "tensors", tensors)
-            write_durably(temporary / "state.json", data)
-            fsync_path(temporary / "tensors")
-            manifest_sha256 = write_manifest(temporary, step)
-            fsync_path(temporary)
-            path = self._free_path(step)
-            temporary.rename(path)
-            fsync_path(self.folder)
-            self.saved.append(Saved(step, state, path, manifest_sha256, time.monotonic() - started))
+            self._together(lambda: self._begin(temporary))
+            self._together(lambda: write_tensors(temporary / "tensors", tensors, self._group), everywhere=True)
+            path, manifest_sha256 = self._together(lambda: self._complete(temporary, step, data))
+            self.saved.append(Saved(step, state, Path(path), manifest_sha256, time.monotonic() - started))
         except Exception as error:
             self._error = f"checkpoint of step {step} was not saved: {_spell(error)}"
             self.message(self._error)
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             return
         try:
-            self._prune()
-        except OSError as error:
+            self._together(self._prune)
+        except Exception as error:
             self.message(f"old checkpoints were not removed: {_spell(error)}")
+        self.saved = [saved for saved in self.saved if saved.path.is_dir()]
+
+    def _together(self, work: Callable[[], Any], everywhere: bool = False) -> Any:
+        """Work of rank 0 (of every rank with `everywhere`) that fails on all ranks if it fails on one. Returns what
+        rank 0's gave, which is JSON-able then."""
+        if self.world.size == 1:
+            return work()
+        told: dict[str, Any] = {"value": None}
+        try:
+            if everywhere or self.world.is_main:
+                told = {"value": work()}
+        except Exception as error:
+            told = {"error": _spell(error)}
+        ranks = self.world.gather(told, self._group)
+        failed = next((f"rank {rank}: {seen['error']}" for rank, seen in enumerate(ranks) if "error" in seen), None)
+        if failed is not None:
+            raise OSError(failed)
+        return ranks[0]["value"]
+
+    def _begin(self, temporary: Path) -> None:
+        self._clean()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def _complete(self, temporary: Path, step: int, data: bytes) -> tuple[str, str]:
+        """Everything else, the manifest last, and the name that makes it a checkpoint: its path and its manifest's
+        sha256."""
+        write_durably(temporary / "state.json", data)
+        fsync_path(temporary / "tensors")
+        manifest_sha256 = write_manifest(temporary, step)
+        fsync_path(temporary)
+        path = self._free_path(step)
+        temporary.rename(path)
+        fsync_path(self.folder)
+        return str(path), manifest_sha256
 
     def _free_path(self, step: int) -> Path:
         """A step that is saved again gets a new name: nothing finished is ever overwritten."""

@@ -20,6 +20,7 @@ from losses.objective import STPConfig
 from model.hybrid import ModelConfig
 from model.pattern import parse_pattern
 from training.checkpoint import CheckpointConfig
+from training.distributed import ParallelConfig, processes
 from training.health import HealthConfig
 from training.metrics import WandbConfig
 from training.optimizer import OptimizerConfig
@@ -98,6 +99,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -119,10 +121,14 @@ class RunConfig:
             "schedule",
             "validation",
             "checkpoint",
+            "parallel",
             "health",
             "wandb",
         ):
             getattr(self, section).validate(section)
+        ranks, rows, parts = processes(), self.train.batch_rows, self.train.accumulation
+        problem = f"{rows} rows do not split over {ranks} ranks and {parts} micro-batches"
+        require(rows % (ranks * parts) == 0, "train.batch_rows", f"{problem}; expected a multiple of {ranks * parts}")
         warnings = list(pattern.warnings)
         warnings += self.stp.validate("stp", pattern.letters, self.train.tokens, self.data.sequence_length)
         return warnings
@@ -136,9 +142,14 @@ class RunConfig:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
 
+def _is_manner(key: str) -> bool:
+    """How and where a run is done, not what: its name, its processes and its micro-batches. May change on a resume."""
+    return key in ("run_id", "resume", "train.accumulation") or key.startswith("parallel.")
+
+
 def config_sha256(merged: dict[str, Any]) -> str:
     """Of a merged config as plain values (also one read back from a run folder's config.yaml)."""
-    identity = {key: value for key, value in merged.items() if key not in ("run_id", "resume")}
+    identity = {key: value for key, value in _flatten(merged) if not _is_manner(key)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -181,10 +192,10 @@ def merge(base: DictConfig | RunConfig, overrides: Iterable[str], source: str = 
 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, without the run's name and how it was started."""
+    """Dotted keys of the identity whose values differ."""
     flat_a, flat_b = dict(_flatten(dataclasses.asdict(a))), dict(_flatten(dataclasses.asdict(b)))
     keys = sorted(flat_a.keys() | flat_b.keys())
-    return [key for key in keys if key not in ("run_id", "resume") and flat_a.get(key) != flat_b.get(key)]
+    return [key for key in keys if not _is_manner(key) and flat_a.get(key) != flat_b.get(key)]
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

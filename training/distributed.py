@@ -9,13 +9,15 @@ because every loss is a share of a mean over the global batch.
 from __future__ import annotations
 
 import gc
+import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from errors import InputError, require, require_choice, require_number
+from data.batch import IGNORE_LABEL, Batch
+from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
+from training.compile import compile_blocks
 
+T = TypeVar("T")
+SHARED_ERRORS = {kind.__name__: kind for kind in (InputError, PreflightError, StorageError)}
 KINDS = ("none", "ddp", "fsdp", "hsdp")
 RECOMPUTE = ("none", "selective", "full")
 # What `selective` keeps: the results of matmuls and of our fused kernels. Norms, gates and casts are computed again.
@@ -94,11 +100,16 @@ class World:
         else:  # one process without torchrun is a world of one
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         world = cls(config, device, dist.get_rank(), size, make_mesh(config, device.type, size))
+        together = True
         try:
             yield world
+        except BaseException as error:
+            together = isinstance(error, (Stopped, *SHARED_ERRORS.values()))
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+            raise
         finally:
             world.mesh = None
-            teardown()
+            teardown(together)
 
     @classmethod
     def alone(cls) -> World:
@@ -114,13 +125,22 @@ class World:
         """The rows of a step of n_rows that this rank works on: a slice, the same number for every rank."""
         return torch.arange(n_rows, device=self.device).chunk(self.size)[self.rank]
 
-    def parallelize(self, model: nn.Module, compile_block: Callable[[nn.Module], None] | None = None) -> None:
-        """Recomputation, then compilation, then sharding: per block, in place."""
-        blocks: Any = model.blocks
-        for block in blocks:
+    def share(self, batch: Batch) -> Batch:
+        """This rank's rows of a batch that all ranks hold. Where the rows do not go round, a rank without one takes
+        the first row with nothing to learn from: all ranks make the same calls."""
+        if self.size == 1:
+            return batch
+        rows = torch.arange(len(batch.row_ids))[self.rank :: self.size]
+        labels = batch.labels if len(rows) else torch.full_like(batch.labels, IGNORE_LABEL)
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)
+        return Batch(batch.tokens[rows], labels[rows], batch.document_ids[rows], batch.row_ids[rows])
+
+    def parallelize(self, model: Any, compile_mode: str = "none") -> None:
+        """Recomputation, then compilation, then sharding: per block, in place. compile_mode: none | blocks."""
+        for block in model.blocks:
             recompute(block, self.config.recompute)
-            if compile_block is not None:
-                compile_block(block)
+        if compile_mode == "blocks":
+            compile_blocks(model)
         if self.mesh is not None:
             shard(model, self.mesh)
 
@@ -136,30 +156,49 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The (JSON-able) value of every rank, by rank."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The (JSON-able) value of every rank, by rank. JSON and not objects: no pickle is read, not even our own."""
         if self.mesh is None:
             return [value]
-        import json
-
         data = json.dumps(value).encode()
-        longest = int(self.max(len(data)))
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        longest = torch.tensor(len(data))
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+        padded = torch.zeros(int(longest), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(found, padded)
+        dist.all_gather(found, padded, group=group)
         return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in found]
 
-    def max(self, value: float) -> float:
+    def from_main(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What `work` gives on rank 0 (JSON-able), on every rank. An error of this project is raised on all of them."""
         if self.mesh is None:
-            return value
-        tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+            return work()
+        told: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                told = {"value": work()}
+            except tuple(SHARED_ERRORS.values()) as error:
+                told = {"error": type(error).__name__, "text": str(error)}
+        told = self.gather(told, group)[0]
+        if "error" in told:
+            raise SHARED_ERRORS[told["error"]](told["text"])
+        return told["value"]
 
-    def barrier(self) -> None:
-        if self.mesh is not None:
-            dist.barrier()
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Rank 0 does it before the others, who find it done (a corpus to prepare)."""
+        found = []
+        self.from_main(lambda: found.append(work()))
+        return found[0] if found else work()
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raises InputError naming the rank whose value differs from rank 0's."""
+        seen = self.gather(value)
+        other = next((rank for rank, theirs in enumerate(seen) if theirs != seen[0]), None)
+        require(other is None, f"rank {other}", f"has another {what} than rank 0")
+
+    def side_group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for another thread (checkpoints), whose messages mix with no other's."""
+        return None if self.mesh is None else dist.new_group(backend="gloo")
 
 
 def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh:
@@ -275,10 +314,10 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def teardown() -> None:
-    """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then, so the caller
-    lets go of model and optimizer first."""
+def teardown(together: bool = True) -> None:
+    """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then (measured: 1 to 4
+    of 12), so the caller has let go of model and optimizer. together: the other ranks get here too."""
     gc.collect()
-    if dist.is_initialized():
+    if together:
         dist.barrier()
-        dist.destroy_process_group()
+    dist.destroy_process_group()

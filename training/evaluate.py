@@ -15,6 +15,7 @@ from data.statistics import bits_per_byte, label_counts, unigram_bits_per_byte
 from losses.lm import lm_loss_sum
 from model.context import SequenceContext
 from model.generate import generate
+from training.distributed import World
 
 
 def validate(
@@ -22,24 +23,27 @@ def validate(
     batches: Iterable[Batch],
     token_bytes: NDArray[np.int64],
     autocast: Callable[[], AbstractContextManager],
+    world: World | None = None,
 ) -> dict[str, float]:
     """val_loss (nats per token), val_bits_per_byte and unigram_bits_per_byte over all loss-bearing held-out tokens.
 
     token_bytes: (V,) original UTF-8 bytes of each token. The unigram entropy is that of the very same tokens by
-    their own counts: what a model without context could reach at best.
+    their own counts: what a model without context could reach at best. Every rank works on its share of each batch.
     """
+    world = world or World.alone()
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     nats, counts = 0.0, np.zeros(len(token_bytes), dtype=np.int64)
     with torch.no_grad(), autocast():
         for batch in batches:
-            on_device = batch.to(device)
+            on_device = world.share(batch).to(device)
             output = model(on_device.tokens, SequenceContext.from_document_ids(on_device.document_ids))
             loss_sum, _ = lm_loss_sum(output.final, model.head.weight, on_device.labels)
             nats += float(loss_sum)
             counts += label_counts(batch.labels, len(token_bytes))
     model.train(was_training)
+    nats = float(world.sum(torch.tensor(nats, dtype=torch.float64, device=device)))
     return {
         "val_loss": nats / max(int(counts.sum()), 1),
         "val_bits_per_byte": float(bits_per_byte(nats, counts, token_bytes)),

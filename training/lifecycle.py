@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from data.prepared import Prepared
@@ -19,13 +20,14 @@ from losses.triples import Triples
 from model.hybrid import HybridLM
 from training.announce import closing, opening
 from training.config import RunConfig
+from training.distributed import World
 from training.drift import DriftMonitor, device_memory
 from training.durable import replace_atomically
 from training.environment import describe_environment, git_state
 from training.evaluate import sample_text, validate
 from training.hardware import Machine
 from training.measured import Measured, State, step_metrics
-from training.metrics import Tracker
+from training.metrics import NoTracker, Tracker
 from training.ownership import Ownership, process_identity
 from training.preflight import Preflight, PreflightReport, require_ok
 from training.progress import Progress, SpeedMeter, Status
@@ -52,19 +54,21 @@ class Run:
         model: HybridLM,
         optimizer: torch.optim.AdamW,
         objective: Objective,
+        world: World,
         warnings: list[str],
     ) -> None:
-        self.config, self.folder, self.machine, self.data = config, folder, machine, data
+        self.config, self.folder, self.machine, self.data, self.world = config, folder, machine, data, world
         self.model, self.optimizer, self.objective = model, optimizer, objective
         T = config.data.sequence_length
-        self.meter = SpeedMeter(config.train.tokens, 3 * model.flops_per_token(T), machine.gflops)
-        self.progress = Progress(self.meter)
-        self.saver = Saver(config, folder, model, optimizer, self.progress.message)
+        self.meter = SpeedMeter(config.train.tokens, 3 * model.flops_per_token(T), machine.gflops * world.size)
+        self.progress = Progress(self.meter, None if world.is_main else Console(quiet=True))
+        self.saver = Saver(config, folder, model, optimizer, self.progress.message, world)
         self.drift = DriftMonitor(config.health, self._warn, device_memory(machine.device))
-        self.watchdog = Watchdog(config.health.hung_step_seconds, folder.path, self._hung)
+        self.watchdog = Watchdog(config.health.hung_step_seconds, folder.path, self._hung, world.rank)
         self.warnings = warnings
         self.proven = self.proven_open = False
         self.owner: Ownership | None = None
+        self.tracker: Tracker
 
     def __enter__(self) -> Run:
         try:
@@ -82,8 +86,29 @@ class Run:
     def _open(self) -> None:
         config, folder = self.config, self.folder
         letters = "".join(self.model.letters)
-        self.owner = folder.claim(config)
+        folder.resumes = self.world.from_main(self._claim)
+        self.world.require_same("config", config.sha256)
+        self.world.require_same("corpus", self.data.manifest_sha256)
         self.restored = state = self.saver.restore()
+        if self.world.is_main:
+            self._open_books(letters)
+        else:
+            self.receipt = Receipt.unwritten(folder.run_id)
+            self.tracker = NoTracker()
+        self.receipt.resume(state.step, state.tokens, state.live_tokens)
+        self.progress.__enter__()
+        for line in opening(folder, state, self.machine, self.data, self.model, self.warnings):
+            self.progress.message(line)
+        self.watchdog.__enter__()
+
+    def _claim(self) -> bool:
+        """Makes this process the owner of the folder; whether a run was started there before."""
+        self.owner = self.folder.claim(self.config)
+        return self.folder.resumes
+
+    def _open_books(self, letters: str) -> None:
+        """config.yaml, receipt.json, metrics.jsonl, wandb: one process writes them."""
+        config, folder = self.config, self.folder
         if not (folder.path / "config.yaml").exists():
             replace_atomically(folder.path / "config.yaml", config.to_yaml().encode())
         self.receipt = Receipt.start(
@@ -103,20 +128,16 @@ class Run:
             model=as_receipt(self.model, config.data.sequence_length),
             kernels=self.machine.kernels(letters),
             machine=self.machine.describe(),
+            parallel={"data": config.parallel.data, "ranks": self.world.size},
         )
-        self.receipt.resume(state.step, state.tokens, state.live_tokens)
         self.tracker = Tracker(
             folder.path,
             folder.run_id,
             config.wandb,
             asdict(config),
-            resume_step=state.step if folder.resumes else None,
+            resume_step=self.restored.step if folder.resumes else None,
             message=self.progress.message,
         )
-        self.progress.__enter__()
-        for line in opening(folder, state, self.machine, self.data, self.model, self.warnings):
-            self.progress.message(line)
-        self.watchdog.__enter__()
 
     def prove(self, preflight: Preflight, batch: Any, triples: Triples | None, state: State, stp_weight: float) -> None:
         """Preflight before this process's first step, and its gradient checks again when the gate opens.
@@ -191,7 +212,7 @@ class Run:
         settings, T = self.config.validation, self.config.data.sequence_length
         rows = max(1, self.config.train.batch_rows // self.config.train.accumulation)
         batches = validation_batches(self.data, T, rows, settings.rows)
-        found = validate(self.model, batches, self.data.token_bytes, self.machine.autocast)
+        found = validate(self.model, batches, self.data.token_bytes, self.machine.autocast, self.world)
         ratio = found["val_bits_per_byte"] / found["unigram_bits_per_byte"]
         self.tracker.log(state.step, {"tokens": state.tokens, **found})
         speed = {"tokens_per_second": self.meter.mean_tokens_per_second, "gemm_share": self.meter.gemm_share}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import statistics
 import sys
@@ -44,7 +45,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         built = torch.version.cuda or "none: a CPU build"
         raise InputError(f"device: cuda, but torch sees no GPU (CUDA of this torch: {built}); use auto or cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun: one GPU for each process of a node
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

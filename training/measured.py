@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from losses.objective import Objective, ObjectiveOutput
+from training.distributed import World
+from training.signals import StopSignals
 
 
 @dataclass
@@ -42,6 +44,24 @@ class Measured:
             self.stp = stp if self.stp is None else self.stp + stp
             self.masked = masked if self.masked is None else self.masked + masked
             self.triples += int(loss.stp_terms.n_valid)
+
+
+def over_ranks(measured: Measured, world: World, signals: StopSignals) -> None:
+    """Sums of all ranks in place of this one's, in one small reduction, which also carries whether any was asked to
+    stop: so that all of them log, judge and leave together."""
+    if world.size == 1:
+        return
+    size = 0 if measured.stp is None else measured.stp.numel()
+    parts = [torch.tensor([measured.total, measured.lm, float(measured.triples)], dtype=torch.float64)]
+    if measured.stp is not None and measured.masked is not None:
+        parts += [measured.stp.double().cpu(), measured.masked.double().cpu()]
+    parts.append(torch.tensor([signals.requested, signals.status == "preempted"], dtype=torch.float64))
+    whole = world.sum(torch.cat(parts).to(world.device)).cpu()
+    measured.total, measured.lm, measured.triples = float(whole[0]), float(whole[1]), int(whole[2])
+    if measured.stp is not None and measured.masked is not None:
+        measured.stp, measured.masked = whole[3 : 3 + size], whole[3 + size : 3 + 2 * size]
+    if whole[-2] > 0:
+        signals.adopt("preempted" if whole[-1] > 0 else "stopped")
 
 
 def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:

@@ -135,6 +135,25 @@ class Tracker:
         self._unwritten.clear()
 
 
+class NoTracker(Tracker):
+    """For the ranks that keep no books: has a tracker's methods and writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def digest(self) -> dict[str, Any]:
+        return {}
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        pass
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file (or of a run folder), in order; half-written lines are left out, [] if no file."""
     path = Path(path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import require, require_choice, require_number
+from training.distributed import full
 
 
 @dataclass
@@ -73,14 +74,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scales the gradients in place to a global norm of at most max_norm; returns the norm before, a scalar.
+    """Scales the gradients in place to a global norm of at most max_norm, over all ranks; returns the norm before.
 
     Look whether the norm is finite before the update: a NaN norm makes every gradient NaN.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm)
-    return torch.nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+        return full(torch.nn.utils.clip_grad_norm_(with_gradient, max_norm))
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    return full(torch.nn.utils.get_total_norm(gradients))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:

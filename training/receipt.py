@@ -32,7 +32,7 @@ class Receipt:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         content: dict[str, Any],
         message: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
@@ -82,6 +82,11 @@ class Receipt:
         replace_atomically(path, receipt._encode())
         receipt._written = clock()
         return receipt
+
+    @classmethod
+    def unwritten(cls, run_id: str) -> Receipt:
+        """One in memory alone, for the ranks that keep no books."""
+        return cls(None, {**_skeleton(run_id), "starts": [{}]})
 
     def update(self, **fields: Any) -> None:
         """Merges nested mappings into the receipt and writes it; lists and scalars are replaced."""
@@ -147,6 +152,8 @@ class Receipt:
 
     def _write(self) -> None:
         self._written = self._clock()
+        if self.path is None:
+            return
         try:
             replace_atomically(self.path, self._encode())
         except OSError as error:

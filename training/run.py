@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from errors import InputError, nearest
 from training.checkpoint import Checkpointer
@@ -27,6 +28,14 @@ class RunFolder:
     path: Path
     resumes: bool
     known: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """For other ranks."""
+        return {**asdict(self), "path": str(self.path)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RunFolder:
+        return cls(**{**fields, "path": Path(fields["path"])})
 
     @property
     def run_id(self) -> str:

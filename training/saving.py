@@ -12,6 +12,7 @@ from errors import StorageError
 from model.hybrid import HybridLM
 from training.checkpoint import Checkpointer, load_checkpoint
 from training.config import RunConfig
+from training.distributed import World
 from training.measured import State
 from training.optimizer import optimizer_tensors
 from training.receipt import Receipt
@@ -29,10 +30,11 @@ class Saver:
         model: HybridLM,
         optimizer: torch.optim.AdamW,
         message: Callable[[str], None],
+        world: World,
     ) -> None:
         self.config, self.folder, self.model, self.optimizer = config, folder, model, optimizer
         self.message = message
-        self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message)
+        self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message, world)
         self._on_disk: int | None = None  # the newest step known to be there, whole
 
     def restore(self) -> State:

@@ -42,6 +42,10 @@ class StopSignals:
         """The receipt's word: a scheduler announces the end of its patience by SIGUSR1, all else is a wish to stop."""
         return "preempted" if self.name == "SIGUSR1" else "stopped"
 
+    def adopt(self, status: str) -> None:
+        """Another rank was asked: this one stops with it. A signal of its own is then the second."""
+        self.name = self.name or ("SIGUSR1" if status == "preempted" else "SIGTERM")
+
     def __enter__(self) -> StopSignals:
         for number in STOPPING:
             self._previous[number] = signal.signal(number, self._handle)

@@ -44,12 +44,15 @@ def snapshot(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in flat.items()}
 
 
-def write_tensors(folder: Path, flat: dict[str, Tensor]) -> None:
-    """Writes and fsyncs `shard-*.safetensors` into a folder (created). Raises OSError or RuntimeError."""
+def write_tensors(folder: Path, flat: dict[str, Tensor], group: Any = None) -> None:
+    """Writes and fsyncs `shard-*.safetensors` into a folder (created). Raises OSError or RuntimeError.
+
+    group: the ranks that write together, each its own shards (a tensor that all of them hold is written once).
+    """
     dcp = _dcp()
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(flat, storage_writer=writer)
+        dcp.save(flat, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
         raise _cause(error) from None
 

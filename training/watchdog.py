@@ -27,10 +27,12 @@ class Watchdog:
         seconds: float,
         folder: Path,
         on_hang: Callable[[str], None],
+        rank: int = 0,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        self.seconds, self.path, self.on_hang = seconds, folder / STACKS, on_hang
+        name = STACKS if rank == 0 else f"{STACKS}.{rank}"
+        self.seconds, self.path, self.on_hang = seconds, folder / name, on_hang
         self._clock, self._leave = clock, leave
         self._beaten = self._armed = clock()
         self._stop = threading.Event()

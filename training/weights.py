@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import InputError
 from training.checkpoint import load_checkpoint
@@ -61,4 +62,7 @@ def load_weights(name: str, model: nn.Module) -> None:
     require_same(path, {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}, into)
     with torch.no_grad():
         for key, tensor in into.items():
-            tensor.copy_(stored[key])
+            whole = stored[key]
+            if isinstance(tensor, DTensor):  # each rank takes its part
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            tensor.copy_(whole)
