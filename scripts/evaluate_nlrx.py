@@ -69,7 +69,7 @@ def main() -> int:
     for name, meaning in (
         ("exact", "the same string"),
         ("dfa", "the same lines"),
-        ("dfa_letter", "the same lines, \\b read as the letter b as in Locascio et al. 2016"),
+        ("dfa_letter", "the same lines, \\b read as the letter b, as dk.brics.automaton does"),
     ):
         print(f"  {name:10} {report[name]:7.2%}  {meaning}")
     print(f"  no regex: {report['invalid']}; without an end: {report['unfinished']}; given up: {report['limit']}")

@@ -15,8 +15,8 @@ class Score:
     """exact: the same string, spaces at the ends aside, as the STP paper counts.
 
     dfa: equal | different | limit (given up, counts as wrong) | invalid (not a regex). With \\b as a word boundary.
-    dfa_letter: the same with \\b read as the letter b, which is what the automaton library does that the figures of
-    Locascio et al. 2016 come from. The same string is equal even where it is no regex.
+    dfa_letter: the same with \\b read as the letter b, as dk.brics.automaton does, on which (as far as we know) the
+    scorer of Locascio et al. 2016 is built. The same string is equal even where it is no regex.
     """
 
     exact: bool

@@ -1,8 +1,8 @@
 """The dialect of the published regexes, read into a syntax tree.
 
-As dk.brics.automaton reads it (the library behind the DFA equality of Locascio et al. 2016): union binds loosest, then
-intersection, concatenation, repetition, and complement tightest. A regex describes whole lines. Not in the dialect:
-groups with question marks, anchors, back references, and letters behind a backslash other than \\b.
+As dk.brics.automaton reads it (as far as we know, what the DFA equality of Locascio et al. 2016 is built on): union
+binds loosest, then intersection, concatenation, repetition, and complement tightest. A regex describes whole lines. Not
+in the dialect: groups with question marks, anchors, back references, and letters behind a backslash other than \\b.
 """
 
 from __future__ import annotations
