@@ -78,8 +78,8 @@ def make_plan(
     kind: str | None = None,
     recompute: str | None = None,
 ) -> Plan:
-    """kind and recompute: the setting to look at closely; None: the fastest that fits, halfway between communication
-    that hides behind compute and communication that does not.
+    """kind and recompute: the setting to look at closely; None: the config's, or the fastest that fits where that is
+    none (or has no GPUs to be cut over), halfway between communication that hides behind compute and that does not.
 
     Every kind and recomputation is estimated with the largest micro-batch that fits (the config's rows per step are
     kept; so the accumulation is what gives). Raises InputError.
@@ -92,6 +92,8 @@ def make_plan(
         require_choice("--recompute", recompute, RECOMPUTE)
     require(config.precision != "fp32", "precision", "plans are for bf16 on a GPU, got fp32; use bf16 or auto")
     require(kind != "none" or cluster.gpus == 1, "--data", f"none is for one process, not for {cluster.gpus}; use fsdp")
+    if cluster.gpus > 1 and config.parallel.data != "none" and kind is None and recompute is None:
+        kind, recompute = config.parallel.data, config.parallel.recompute
     planner = _Planner(config, cluster, assumptions)
     kinds = ("none",) if cluster.gpus == 1 else tuple(k for k in KINDS if k != "none")
     if cluster.nodes == 1 and cluster.gpus > 1:
@@ -139,8 +141,7 @@ class _Planner:
 
     def shards(self, kind: str) -> int:
         """Ranks that share one copy of weights, gradients and optimizer."""
-        own = getattr(getattr(self.config, "parallel", None), "shard_ranks", None)
-        groups = own or self.cluster.gpus_per_node
+        groups = self.config.parallel.shard_ranks or self.cluster.gpus_per_node
         return {"none": 1, "ddp": 1, "fsdp": self.cluster.gpus, "hsdp": min(groups, self.cluster.gpus)}[kind]
 
     def estimate(self, setting: Setting) -> Estimate:

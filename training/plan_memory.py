@@ -115,6 +115,8 @@ def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool) -> Seq
         sizes = (weights, gradients, optimizer, gathered, states, stale, activations, working)
         found.append(Memory(*sizes, name))
 
+    if gathers:  # every rank builds the whole model and then cuts it
+        found.append(Memory(F32 * stack.parameters, 0, 0, 0, 0, 0, 0, 0, "start"))
     first = weights if accumulates else 0  # gradients that are there when a pass begins
     for index, block in enumerate(blocks):
         begun = (index + 1) * state

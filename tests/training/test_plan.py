@@ -102,6 +102,15 @@ def test_the_large_one_fits_on_64_gpus_sharded_and_not_copied():
         assert estimate.fits == (estimate.needed_gib <= 79.1)
 
 
+def test_the_config_says_what_is_looked_at_unless_asked_otherwise():
+    overrides = ("parallel.data=hsdp", "parallel.recompute=full", "train.batch_rows=64")
+    assert vars(planned("hybrid_150m", 64, overrides=overrides).chosen.setting).items() >= {
+        ("kind", "hsdp"),
+        ("recompute", "full"),
+    }
+    assert planned("hybrid_150m", 64, kind="fsdp", overrides=overrides).chosen.setting.kind == "fsdp"
+
+
 def test_weights_are_whole_in_ddp_and_cut_otherwise():
     plan = planned("nam56r_4b", 64)
     weights = {e.setting.kind: e.memory.weights for e in plan.estimates}
