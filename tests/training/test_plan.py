@@ -134,7 +134,7 @@ def test_a_smaller_card_takes_smaller_micro_batches():
 
 
 def test_a_higher_assumed_share_is_a_faster_plan():
-    config = load_config(SCALE / "hybrid_150m.yaml", ["train.batch_rows=4"])
+    config = load_config(SCALE / "hybrid_150m.yaml", ["train.batch_rows=1", "model.pattern=E"])
     slow, fast = (make_plan(config, cluster(1), Assumptions(mfu=mfu)) for mfu in (0.2, 0.4))
     assert slow.chosen.time.compute == pytest.approx(2 * fast.chosen.time.compute)
     with pytest.raises(InputError, match="--mfu"):
