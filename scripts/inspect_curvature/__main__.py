@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ from training.metrics import read_metrics
 def main() -> int:
     arguments = _parse()
     started = time.monotonic()
-    configure_threads(arguments.threads)
+    configure_threads(arguments.threads or max(1, (os.cpu_count() or 2) // 2))
     device = resolve_device(arguments.device)
     job, folder = _hf_job(arguments, device) if arguments.hf else _run_job(arguments, device)
     with show_stages() as stage:
@@ -112,7 +113,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of triples, spans, shuffles and resampling")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--threads", type=int, help="of the model and of the metrics, which run side by side")
     parser.add_argument("--out", type=Path, help="folder for the files (default: the run folder)")
     arguments = parser.parse_args()
     if (arguments.run is None) == (arguments.hf is None):

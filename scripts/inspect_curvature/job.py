@@ -18,6 +18,8 @@ from scripts.inspect_curvature.subject import Subject
 
 # Pieces on which the checkpoints of the timeline are measured.
 TIMELINE_PIECES = 64
+# Tokens of a piece, behind those that are left out: three have one turn.
+MIN_STATES = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def run(job: Job, stage: Stage) -> Inspection:
 
     Raises InputError for a comparison that does not read the same tokens.
     """
-    pieces, settings, skip = job.pieces, job.settings, job.skip_first
+    settings, skip = job.settings, job.skip_first
+    pieces = job.pieces.at_least(skip + MIN_STATES)
     whole = total_tokens(pieces)
     subject = job.subject
 
@@ -67,7 +70,7 @@ def run(job: Job, stage: Stage) -> Inspection:
         model=model,
         random=random,
         controls=controls,
-        timeline=_timeline(job, stage),
+        timeline=_timeline(job, pieces, stage),
         comparisons=comparisons,
         trajectory=trajectory,
         records=list(job.records),
@@ -101,16 +104,17 @@ def check_comparable(subject: Subject, other: Subject) -> None:
         raise InputError(f"--compare: {other.name} is of another tokenizer than {subject.name}: not the same tokens")
 
 
-def _timeline(job: Job, stage: Stage) -> list[tuple[About, Any]]:
+def _timeline(job: Job, pieces: Pieces, stage: Stage) -> list[tuple[About, Any]]:
     """The untrained twin as step 0, the kept checkpoints, and the subject, on the same few pieces."""
     if not job.checkpoints:
         return []
-    few = job.pieces.spread(TIMELINE_PIECES)
+    few = pieces.spread(TIMELINE_PIECES)
     found = []
     for make in (job.twin, *job.checkpoints, lambda: job.subject):
         subject = make()
-        advance = stage(f"timeline, step {subject.step}", total_tokens(few))
-        found.append((about(subject), measure(subject, few, job.settings, skip_first=job.skip_first, advance=advance)))
+        advance = stage(f"timeline, step {subject.step}", total_tokens(few, calibrate=False))
+        measured = measure(subject, few, job.settings, skip_first=job.skip_first, calibrate=False, advance=advance)
+        found.append((about(subject), measured))
     return sorted(found, key=lambda entry: entry[0].step or 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -88,8 +89,20 @@ def _calibration(pieces: Pieces) -> Pieces:
 def _states(
     subject: Subject, pieces: Pieces, settings: MeasureSettings, skip_first: int, shuffle: bool
 ) -> Iterator[tuple[list[Tensor], PieceBatch]]:
-    for batch in pieces.batches(BATCH_TOKENS):
+    """The states of each batch. A thread runs the model on the next batch while the caller measures this one."""
+
+    def forward(batch: PieceBatch) -> list[Tensor]:
         tokens = batch.tokens
         if shuffle:
             tokens = shuffle_tokens(tokens, batch.lengths, batch.identities, settings.seed)
-        yield [hidden[:, skip_first:] for hidden in subject.forward(tokens, batch.lengths)], batch
+        return [hidden[:, skip_first:] for hidden in subject.forward(tokens, batch.lengths)]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="forward") as worker:
+        waiting: tuple[Future[list[Tensor]], PieceBatch] | None = None
+        for batch in pieces.batches(BATCH_TOKENS):
+            ahead = worker.submit(forward, batch), batch
+            if waiting is not None:
+                yield waiting[0].result(), waiting[1]
+            waiting = ahead
+        if waiting is not None:
+            yield waiting[0].result(), waiting[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,9 +71,16 @@ class Pieces:
     def longest(self) -> int:
         return max(len(piece.tokens) for piece in self.items)
 
+    def at_least(self, n_tokens: int) -> Pieces:
+        """Those with so many tokens. Raises InputError if there is none."""
+        items = [piece for piece in self.items if len(piece.tokens) >= n_tokens]
+        if not items:
+            raise InputError(f"--skip-first: {self.source}: no piece has {n_tokens} tokens")
+        return replace(self, items=items)
+
     def spread(self, n: int) -> Pieces:
         """n of them, evenly spaced; identities stay."""
-        return Pieces(evenly(self.items, n), self.source, self.decode, self.vocab_size, self.tokenizer_sha256)
+        return replace(self, items=evenly(self.items, n))
 
     def batches(self, max_tokens: int) -> Iterator[PieceBatch]:
         """In order; N x T is at most max_tokens (or one piece)."""

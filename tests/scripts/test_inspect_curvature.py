@@ -27,6 +27,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspect")
     write_texts(root / "texts", 40)
     write_texts(root / "others", 40, seed=1)
+    (root / "mine5.txt").write_text("abc def gha")
     make_run(root)
     make_run(root, "twin", seed=3, steps=(20,))
     make_run(root, "short", pattern="AE", steps=(5,))
@@ -144,6 +145,7 @@ BAD = {
     "both": (lambda root: ["tiny", "--hf", "x"], "expected a run"),
     "tokens": (lambda root: ["tiny", "--tokens", "3"], "--tokens"),
     "documents": (lambda root: ["tiny", "--documents", "0"], "--documents"),
+    "nothing left": (lambda root: ["tiny", "--data", "mine5.txt", "--skip-first", "50"], "no piece has 53 tokens"),
     "no device": (lambda root: ["tiny", "--device", "tpu"], "device"),
     "no folder to write to": (lambda root: ["tiny", *SIZE, "--out", "texts/000.txt"], "--out"),
 }
