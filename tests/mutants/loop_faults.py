@@ -19,7 +19,7 @@ CONSUMED = "return self.full_weight * self.fraction(consumed_tokens)"
 
 
 def loop(old: str, new: str) -> tuple[Rewrite, ...]:
-    return (Rewrite(train.train, old, new),)
+    return (Rewrite(train.train_in, old, new),)
 
 
 def gate(new: str) -> tuple[Rewrite, ...]:

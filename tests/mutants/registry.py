@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import block_faults, collector_faults, loop_faults, objective_faults
+from tests.mutants import block_faults, collector_faults, loop_faults, objective_faults, wrapper_faults
 from tests.mutants.mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -10,6 +10,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *block_faults.MUTANTS,
     *objective_faults.MUTANTS,
     *loop_faults.MUTANTS,
+    *wrapper_faults.MUTANTS,
 )
 
 
