@@ -45,7 +45,7 @@
   }
 
   function draw(figure) {
-    const view = figure.views[chosen[figure.key] || 0];
+    const view = figure.views[chosen[figure.key] ?? figure.first ?? 0];
     const config = { displayModeBar: false, responsive: true };
     return Plotly.react(`plot-${figure.key}`, traces(figure, view), layout(figure, view), config);
   }
@@ -64,6 +64,7 @@
       const list = document.createElement("select");
       list.setAttribute("aria-label", place.dataset.label);
       figure.views.forEach((view, number) => list.add(new Option(view.name, number)));
+      list.value = figure.first ?? 0;
       list.addEventListener("change", () => { chosen[figure.key] = Number(list.value); draw(figure); });
       place.append(list);
       return;

@@ -51,5 +51,5 @@ def trajectory_figure(inspection: Inspection) -> Figure | None:
         views,
         choice="boundary",
         height=520,
-        extra={"texts": {"tokens": around}},
+        extra={"texts": {"tokens": around}, "first": inspection.depth},
     )

@@ -5,8 +5,9 @@ import json
 import re
 
 import pytest
-from chromium_pipe import CHROMIUM, Browser
 from inspect_cases import NASTY, inspect, make_run, write_texts
+
+from scripts.inspect_curvature.browser import CHROMIUM, Browser
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
