@@ -1,0 +1,1 @@
+"""Grids of paired runs: see docs/ablations.md and `python -m scripts.ablate --help`."""

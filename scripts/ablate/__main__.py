@@ -1,0 +1,87 @@
+"""Runs a grid of paired experiments and compares its arms: python -m scripts.ablate configs/ablations/X.yaml
+
+    --dry-run       the plan, what differs between arms and what it costs; starts nothing
+    --jobs N        runs side by side (default: one per core), cores divided among them
+    --filter EXPR   only some runs, e.g. 'arm in ["none", "triple"] and seed < 2'; may be given several times
+    --launcher slurm  submits one job per run instead
+    --report [FOLDER] only compares and writes the page, from the CSV files of FOLDER (default: the grid's)
+
+What is done already is not done again. Results: ablations/<grid>/results.csv, report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from errors import InputError, exit_with, require_number
+from scripts.ablate.grid import Grid, load_grid
+from scripts.ablate.plan import print_plan, store_plan
+from scripts.ablate.report import report
+from scripts.ablate.results import check_folder, is_done, stored_threads, write_results
+from scripts.ablate.runner import run_local
+from scripts.ablate.slurm import submit_all
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", help="a grid file, e.g. configs/ablations/smoke.yaml")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
+    parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
+    parser.add_argument("--filter", action="append", default=[], metavar="EXPR")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--report", nargs="?", const="", metavar="FOLDER")
+    arguments = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=not os.isatty(1))
+
+    if arguments.jobs is not None:
+        require_number("--jobs", arguments.jobs, 1)
+    if arguments.sbatch and arguments.launcher != "slurm":
+        raise InputError("--sbatch: needs --launcher slurm")
+    jobs = arguments.jobs or os.cpu_count() or 1
+    grid = load_grid(arguments.grid)
+    if arguments.report is not None:
+        folder = Path(arguments.report or grid.folder)
+        if not arguments.report and (grid.folder / "runs").is_dir():
+            grid = with_threads(grid, arguments.grid, jobs)
+            write_results(grid)
+        report(grid, folder, console)
+        return 0
+    grid = with_threads(grid, arguments.grid, jobs)
+    check_folder(grid)
+    chosen = grid.select(arguments.filter)
+    print_plan(chosen, jobs, console)
+    if arguments.dry_run:
+        return 0
+    store_plan(grid)
+    if arguments.launcher == "slurm":
+        submit_all(chosen, arguments.sbatch, console)
+        return 0
+    outcome = run_local(chosen, jobs, chosen.cells[0].config.threads, console)
+    write_results(grid)
+    for run_id, reason in outcome.failed.items():
+        console.print(f"failed: {run_id}: {reason}", markup=False)
+    n_done = sum(is_done(grid, cell) for cell in grid.cells)
+    if n_done:
+        report(grid, grid.folder, console)
+    if outcome.interrupted:
+        console.print(f"stopped with {n_done} of {len(grid.cells)} runs done; the same command goes on", markup=False)
+        return 4
+    return 1 if outcome.failed else 0
+
+
+def with_threads(grid: Grid, path: str, jobs: int) -> Grid:
+    """The grid with the threads of each run: the config's own, or those of the runs that are there, or a share."""
+    if any(cell.config.threads is not None for cell in grid.cells):
+        return grid
+    return load_grid(path, stored_threads(grid) or max(1, (os.cpu_count() or 1) // jobs))
+
+
+if __name__ == "__main__":
+    exit_with(main)

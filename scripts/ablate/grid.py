@@ -1,0 +1,254 @@
+"""A grid file: base config + named arms x axes x seeds -> cells, every one of them validated before any starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from errors import InputError, nearest, require, require_choice, require_number
+from scripts.ablate.expression import Expression
+from training.config import RunConfig, config_sha256, load_config
+
+GRIDS = Path("ablations")
+KEYS = ("base", "overrides", "baseline", "arms", "axes", "seeds", "filters", "evaluate", "metrics", "checkpoints", "question")
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,63}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured after a run, beside the receipt. answers: none, or a split whose prompts are answered."""
+
+    answers: str = "none"
+    limit: int | None = None
+    # Held-out rows for the cheap curvature and collapse numbers.
+    curvature_rows: int = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid. point: axis name -> value. overrides: everything that is merged over the base."""
+
+    arm: str
+    seed: int
+    point: dict[str, Any]
+    overrides: tuple[str, ...]
+    config: RunConfig = field(repr=False, compare=False)
+
+    @property
+    def run_id(self) -> str:
+        parts = [self.arm, *(f"{name}={value}" for name, value in self.point.items()), f"s{self.seed}"]
+        return "-".join(re.sub(r"[^A-Za-z0-9_.+=]+", "_", part) for part in parts)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What a filter may ask for."""
+        return {"arm": self.arm, "seed": self.seed, **self.point}
+
+    @property
+    def sha256(self) -> str:
+        return self.config.sha256
+
+
+@dataclass(frozen=True)
+class Grid:
+    """name: of its folder. metrics: column -> higher | lower (is better); the first one decides."""
+
+    name: str
+    path: Path
+    question: str
+    base: str
+    baseline: str
+    arms: tuple[str, ...]
+    axes: dict[str, str]
+    evaluate: Evaluation
+    metrics: dict[str, str]
+    checkpoints: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def folder(self) -> Path:
+        return GRIDS / self.name
+
+    def select(self, filters: Iterable[str]) -> Grid:
+        """Only the cells for which every expression holds. Raises InputError if none is left."""
+        cells = self.cells
+        for text in filters:
+            keep = Expression(text)
+            cells = tuple(cell for cell in cells if keep(cell.names))
+            require(bool(cells), "--filter", f"{text!r} leaves none of the {len(self.cells)} runs of {self.path}")
+        return dataclasses.replace(self, cells=cells)
+
+
+def load_grid(path: str | Path, threads: int | None = None) -> Grid:
+    """Reads and expands a grid file and validates every run of it. threads: of each run; None: what the config says.
+
+    Seeds are the outermost loop: whatever part of a grid is finished is as balanced as can be. Raises InputError.
+    """
+    path = Path(path)
+    content = _read(path)
+    arms: dict[str, dict[str, Any]] = {str(arm): dict(values or {}) for arm, values in content["arms"].items()}
+    for arm in arms:
+        require(bool(re.fullmatch(NAME, arm)), f"{path}: arms", f"expected a plain name, got {arm!r}")
+    baseline = str(content.get("baseline") or next(iter(arms)))
+    require_choice(f"{path}: baseline", baseline, arms)
+    seeds = list(content["seeds"])
+    for seed in seeds:
+        require(isinstance(seed, int) and not isinstance(seed, bool), f"{path}: seeds", f"expected whole numbers, got {seed!r}")
+        require_number(f"{path}: seeds", seed, 0)
+    require(len(set(seeds)) == len(seeds), f"{path}: seeds", f"one is given twice in {seeds}")
+    axes = _axes(content.get("axes") or {}, path)
+    common = dict(content.get("overrides") or {})
+    if threads is not None:
+        common["threads"] = threads
+    keep = [Expression(text, f"{path}: filters") for text in content.get("filters") or []]
+    cells = []
+    for seed in seeds:
+        for values in product(*(values for _, values in axes.values())):
+            point = dict(zip(axes, values))
+            for arm, changes in arms.items():
+                if not all(expression({"arm": arm, "seed": seed, **point}) for expression in keep):
+                    continue
+                settings = {**common, **changes, **{axes[name][0]: value for name, value in point.items()}}
+                cells.append(_cell(path, str(content["base"]), arm, seed, point, settings))
+    require(bool(cells), f"{path}: filters", "leave none of the runs")
+    grid = Grid(
+        path.stem,
+        path,
+        str(content.get("question") or ""),
+        str(content["base"]),
+        baseline,
+        tuple(arms),
+        {name: key for name, (key, _) in axes.items()},
+        _evaluation(content.get("evaluate") or {}, path),
+        _metrics(content.get("metrics") or {"val_bits_per_byte": "lower"}, path),
+        str(content.get("checkpoints") or "keep"),
+        tuple(cells),
+    )
+    require_choice(f"{path}: checkpoints", grid.checkpoints, ["keep", "remove"])
+    _check_pairs(grid)
+    _check_different(grid)
+    return grid
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such grid file{nearest(str(path), siblings)}")
+    try:
+        loaded = OmegaConf.load(path)
+        content = OmegaConf.to_container(loaded, resolve=True)
+    except Exception as error:  # the YAML parser raises many kinds
+        raise InputError(f"{path}: not a YAML file: {(str(error).splitlines() or [''])[0]}") from None
+    if not isinstance(loaded, DictConfig) or not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values at the top level")
+    for key in content:
+        require(key in KEYS, f"{path}", f"unknown key {key}{nearest(str(key), KEYS)}; expected {', '.join(KEYS)}")
+    for key, kind, what in (
+        ("base", str, "the path of a config"),
+        ("arms", dict, "a name for each arm, and its overrides below it"),
+        ("seeds", list, "a list of whole numbers"),
+    ):
+        require(bool(content.get(key)), f"{path}", f"{key} is missing; expected {what}")
+        require(isinstance(content[key], kind), f"{path}: {key}", f"expected {what}, got {content[key]!r}")
+    mappings = ("overrides", "axes", "evaluate", "metrics")
+    for key in mappings:
+        value = content.get(key)
+        require(value is None or isinstance(value, dict), f"{path}: {key}", f"expected keys and values, got {value!r}")
+    for arm, values in content["arms"].items():
+        fine = values is None or isinstance(values, dict)
+        require(fine, f"{path}: arm {arm}", f"expected dotted overrides (key: value), got {values!r}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _axes(axes: Mapping[str, Any], path: Path) -> dict[str, tuple[str, list[Any]]]:
+    """Short name (the key's last part) -> (dotted key, values)."""
+    found: dict[str, tuple[str, list[Any]]] = {}
+    for key, values in axes.items():
+        name = str(key).rsplit(".", 1)[-1]
+        require(isinstance(values, list) and bool(values), f"{path}: axes.{key}", f"expected a list of values, got {values!r}")
+        require(len({str(value) for value in values}) == len(values), f"{path}: axes.{key}", f"a value is given twice in {values}")
+        require(name not in found and name not in ("arm", "seed"), f"{path}: axes.{key}", f"the name {name} is taken")
+        found[name] = (str(key), values)
+    return found
+
+
+def _cell(path: Path, base: str, arm: str, seed: int, point: dict[str, Any], settings: Mapping[str, Any]) -> Cell:
+    where = f"{path}: arm {arm}"
+    for key in ("seed", "run_id", "resume"):
+        require(key not in settings, where, f"{key} is the grid's own; take it out")
+    overrides = tuple(f"{key}={_text(value)}" for key, value in {**settings, "seed": seed}.items())
+    try:
+        config = load_config(base, overrides)
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return Cell(arm, seed, point, overrides, config)
+
+
+def _text(value: Any) -> str:
+    """As an override: what YAML would write on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    return str(value)
+
+
+def _evaluation(given: Mapping[str, Any], path: Path) -> Evaluation:
+    known = [f.name for f in dataclasses.fields(Evaluation)]
+    for key in given:
+        require_choice(f"{path}: evaluate", str(key), known)
+    evaluation = Evaluation(**{str(key): value for key, value in given.items()})
+    require_choice(f"{path}: evaluate.answers", evaluation.answers, ["none", "validation", "test", "train"])
+    if evaluation.limit is not None:
+        require_number(f"{path}: evaluate.limit", evaluation.limit, 1)
+    require_number(f"{path}: evaluate.curvature_rows", evaluation.curvature_rows, 0)
+    return evaluation
+
+
+def _metrics(given: Mapping[str, Any], path: Path) -> dict[str, str]:
+    for name, direction in given.items():
+        require_choice(f"{path}: metrics.{name}", str(direction), ["higher", "lower"])
+    return {str(name): str(direction) for name, direction in given.items()}
+
+
+def _check_pairs(grid: Grid) -> None:
+    """Every arm has the seeds that the others have at the same point."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for cell in grid.cells:
+        seeds.setdefault((str(cell.point), cell.arm), set()).add(cell.seed)
+    for (point, arm), mine in seeds.items():
+        all_seeds = set().union(*(theirs for (other, _), theirs in seeds.items() if other == point))
+        missing = sorted(all_seeds - mine)
+        at = f" at {point}" if point != "{}" else ""
+        require(not missing, f"{grid.path}: arm {arm}", f"has no run of seed {', '.join(map(str, missing))}{at}; pairs need it")
+    present = {arm for _, arm in seeds}
+    absent = [arm for arm in grid.arms if arm not in present]
+    require(not absent, f"{grid.path}: filters", f"leave no run of arm {', '.join(absent)}")
+
+
+def _check_different(grid: Grid) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in grid.cells:
+        identity = effective_sha256(cell.config)
+        other = seen.setdefault(identity, cell)
+        require(
+            other is cell, f"{grid.path}", f"runs {other.run_id} and {cell.run_id} are equal after merging; drop one of them"
+        )
+
+
+def effective_sha256(config: RunConfig) -> str:
+    """Identity of what a run computes: with STP off, none of its other settings counts."""
+    merged = dataclasses.asdict(config)
+    if not config.stp.enabled:
+        merged["stp"] = "off"
+    return config_sha256(merged)
