@@ -79,7 +79,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
     micro_batches = world.my_rows(config.train.batch_rows).chunk(config.train.accumulation)
 
     run_of = Run(config, folder, machine, data, model, optimizer, objective, world, warnings)
-    with StopSignals() as signals, run_of as run:
+    with StopSignals(ranks=world.size) as signals, run_of as run:
         state = run.restored
         machine.check_kernels("".join(model.letters))
         guard = StepGuard(config.health, config.train.max_skipped_steps, folder.path)

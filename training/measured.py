@@ -55,13 +55,13 @@ def over_ranks(measured: Measured, world: World, signals: StopSignals) -> None:
     parts = [torch.tensor([measured.total, measured.lm, float(measured.triples)], dtype=torch.float64)]
     if measured.stp is not None and measured.masked is not None:
         parts += [measured.stp.double().cpu(), measured.masked.double().cpu()]
-    parts.append(torch.tensor([signals.requested, signals.status == "preempted"], dtype=torch.float64))
+    parts.append(torch.tensor([signals.wished is not None, signals.wished == "preempted"], dtype=torch.float64))
     whole = world.sum(torch.cat(parts).to(world.device)).cpu()
     measured.total, measured.lm, measured.triples = float(whole[0]), float(whole[1]), int(whole[2])
     if measured.stp is not None and measured.masked is not None:
         measured.stp, measured.masked = whole[3 : 3 + size], whole[3 + size : 3 + 2 * size]
     if whole[-2] > 0:
-        signals.adopt("preempted" if whole[-1] > 0 else "stopped")
+        signals.agree("preempted" if whole[-1] > 0 else "stopped")
 
 
 def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:

@@ -112,7 +112,9 @@ class Preflight:
         report = PreflightReport()
         with _NoTrace(self.model), repeatable(self.model):
             self._gradients(batch, triples, report)
-            if report.checks.get("collector") is None:  # else the probes would look at the wrong tensors
+            if not self.world.any(
+                report.checks.get("collector") is not None
+            ):  # else the probes would look at the wrong tensors
                 self._probes(report)
         self._agree(report)
         report.seconds = time.perf_counter() - started
@@ -164,7 +166,7 @@ class Preflight:
         self.model.train()
         context = SequenceContext.from_document_ids(batch.document_ids)
         output = self._collect(batch, context, report)
-        if output is None:
+        if self.world.any(output is None):
             return
         terms = self.objective.stp_terms(output.hidden_states, output.final, triples)
         totals = ForcedTotals.of(self.model, self.objective, self.autocast, output, batch, triples)
@@ -173,7 +175,7 @@ class Preflight:
             if self.objective.is_control:
                 report.boundaries.append(_control_result(self.model, output, index, term))
             else:
-                result = check_boundary(self.model, output, context, index, term, self.autocast)
+                result = check_boundary(self.model, output, context, index, term, self.autocast, self.world)
                 report.boundaries.append(result)
         if self.objective.predictor is not None and not self.objective.is_control:
             report.checks["predictor"] = check_predictor(self.model, self.objective.predictor, list(terms.values()))

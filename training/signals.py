@@ -26,25 +26,34 @@ class StopSignals:
 
     ECHO_SECONDS = 2.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, ranks: int = 1) -> None:
         self.name: str | None = None
+        self._ranks = ranks
+        self._agreed: str | None = None
         self._clock = clock
         self._since = 0.0
         self._echoes = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"))
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
+    def wished(self) -> str | None:
+        """What this process was asked for, in the receipt's word: a scheduler announces the end of its patience by
+        SIGUSR1 (preempted), all else is a wish to stop (stopped)."""
+        if self.name is None:
+            return None
+        return "preempted" if self.name == "SIGUSR1" else "stopped"
+
+    @property
     def requested(self) -> bool:
-        return self.name is not None
+        return (self.wished if self._ranks == 1 else self._agreed) is not None
 
     @property
     def status(self) -> str:
-        """The receipt's word: a scheduler announces the end of its patience by SIGUSR1, all else is a wish to stop."""
-        return "preempted" if self.name == "SIGUSR1" else "stopped"
+        return self._agreed or self.wished or "stopped"
 
-    def adopt(self, status: str) -> None:
-        """Another rank was asked: this one stops with it. A signal of its own is then the second."""
-        self.name = self.name or ("SIGUSR1" if status == "preempted" else "SIGTERM")
+    def agree(self, status: str | None) -> None:
+        """What all ranks found at the same step: until then a wish of one of several changes nothing."""
+        self._agreed = status
 
     def __enter__(self) -> StopSignals:
         for number in STOPPING:

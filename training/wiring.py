@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.context import SequenceContext
-from training.distributed import unsharded
+from training.distributed import World, unsharded
 from training.gradients import by_backward
 
 LINK_TOLERANCE = 1e-3
@@ -109,8 +109,12 @@ def check_boundary(
     index: int | str,
     term: Tensor,
     autocast: Callable[[], AbstractContextManager],
+    world: World,
 ) -> BoundaryResult:
-    """term: this boundary's own STP term (scalar). Gradients only; `.grad` is afterwards as it was."""
+    """term: this boundary's own STP term (scalar). Gradients only; `.grad` is afterwards as it was.
+
+    Ranks ask each other before they go on: one that leaves alone would leave the others waiting in a collective.
+    """
     states, depth = output.hidden_states, len(model.blocks)
     if index == "final":
         here, below, module, above = output.final, states[depth], model.final_norm, []
@@ -124,15 +128,13 @@ def check_boundary(
     for name, tensor in (("its state", here), ("the state below", below)):
         if tensor is not None and not tensor.requires_grad:
             result.problems["state_gradient"] = f"{name} does not require grad (detached or made under no_grad)"
-            return result
     if not term.requires_grad:
-        result.problems["state_gradient"] = "its STP term has no gradient"
-        return result
-
+        result.problems.setdefault("state_gradient", "its STP term has no gradient")
     named = dict(module.named_parameters())
     frozen = [name for name, parameter in named.items() if not parameter.requires_grad]
     if frozen:
         result.problems["block_parameters"] = f"{frozen[0]} is frozen"
+    if world.any(bool(result.problems)):
         return result
     above_parameters = [p for block in above for p in block.parameters() if p.requires_grad]
     states_here = [here] if below is None else [here, below]
@@ -142,6 +144,7 @@ def check_boundary(
 
     if grad_here is None or not bool(torch.isfinite(grad_here).all()) or not bool(grad_here.any()):
         result.problems["state_gradient"] = f"gradient of its term at the state is {_word(grad_here)}"
+    if world.any(bool(result.problems)) or grad_here is None:
         return result
     result.grad_norm = float(grad_here.double().norm())
     if below is not None and (grad_below is None or not bool(grad_below.any())):
@@ -152,7 +155,9 @@ def check_boundary(
     result.block_grad_norm = sum(float(g.double().square().sum()) for g in own if g is not None) ** 0.5
     if any(grad is not None and bool(grad.any()) for grad in over):
         result.problems["blocks_above"] = "its term reaches a block above it: the list is permuted or off by one"
-    if below is not None and grad_below is not None and not result.problems:
+    if world.any(bool(result.problems)):
+        return result
+    if below is not None and grad_below is not None:
         with unsharded(model if index == "final" else module):
             expected = _link(module, index, below, context, grad_here, autocast)
         error = float((expected - grad_below).double().norm() / expected.double().norm().clamp_min(1e-300))

@@ -1,0 +1,25 @@
+"""Starting jobs of several processes on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PATIENCE = "parallel.timeout_seconds=60"  # a rank that waits for the others in vain fails with a traceback
+
+
+def command(ranks, script, *arguments, restarts=0):
+    python = [sys.executable]
+    if ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        python += [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2"]
+    return [*python, str(HERE / script), *map(str, arguments)]
+
+
+def run(ranks, script, *arguments, cwd, timeout=150):
+    """ranks 0: one process without torchrun."""
+    line = command(ranks, script, *arguments)
+    return subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,144 @@
+"""Whole runs under torchrun: their proof, their stop, their loss of a process, and another number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from jobs import ENVIRONMENT, PATIENCE, command, run
+from tiny_run import last_weights, losses, make_place, receipt
+
+FP32 = ("precision=fp32", "validation.sample_tokens=4")
+WORLDS = {"one": (0, ()), **{f"{k}{n}": (n, (f"parallel.data={k}",)) for k in ("fsdp", "ddp") for n in (1, 2, 4)}}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
+
+
+def job(place, world, mishap, run_id, *overrides):
+    ranks, parallel = WORLDS[world]
+    arguments = (
+        mishap,
+        "tiny.yaml",
+        f"run_id={run_id}",
+        *FP32,
+        "train.accumulation=1",
+        PATIENCE,
+        *parallel,
+        *overrides,
+    )
+    return run(ranks, "train_worker.py", *arguments, cwd=place)
+
+
+def without_evidence(records):
+    """That of a step is taken on the rows of its first micro-batch on rank 0: other rows in another world."""
+    return [{k: v for k, v in record.items() if not k.startswith("stp/grad_")} for record in records]
+
+
+def assert_close(found, expected, bound):
+    for a, b in zip(without_evidence(found), without_evidence(expected), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            assert a[name] == pytest.approx(value, rel=bound, abs=bound), (b["step"], name)
+
+
+@pytest.mark.slow
+def test_two_processes_prove_train_and_stop_together(place):
+    stopped = job(place, "fsdp2", "stop:6", "a")
+    assert stopped.returncode == 0, stopped.stderr[-3000:]  # torchrun would take any other code for a failure
+    proof = receipt("a")
+    assert proof["status"] == "stopped" and proof["step"] == 7  # the wish travels with the next step's sums
+    assert proof["preflight"]["ok"] and proof["preflight"]["checks"]["ranks_agree"]
+    assert proof["parallel"] == {"data": "fsdp", "ranks": 2}
+    assert job(place, "fsdp2", "none", "a").returncode == 0
+    assert job(place, "fsdp2", "none", "b").returncode == 0
+    assert losses("a") == losses("b")  # to the last bit
+    whole, parts = last_weights("b"), last_weights("a")
+    assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
+    assert receipt("a")["stp"]["live_tokens"] == receipt("b")["stp"]["live_tokens"]
+
+
+@pytest.mark.slow
+def test_a_wire_cut_on_one_rank_refuses_all(place):
+    refused = job(place, "fsdp2", "cut:1", "cut")
+    assert refused.returncode != 0
+    assert receipt("cut")["status"] == "refused" and not (place / "runs/cut/metrics.jsonl").read_text()
+    assert "rank 1: failed" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", ["one", "fsdp2", "fsdp4", "ddp2"])
+def test_resharding(place, begun):
+    """Begun in one world, finished in each of the others: all end where one process ends."""
+    assert job(place, "one", "none", "whole").returncode == 0
+    assert job(place, begun, "stop:6", "half").returncode == (4 if begun == "one" else 0)
+    for world in ("one", "fsdp1", "fsdp2", "fsdp4", "ddp2"):
+        shutil.copytree(place / "runs/half", place / f"runs/{world}", ignore=shutil.ignore_patterns(".lock"))
+        finished = job(place, world, "none", world)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert_close(losses(world), losses("whole"), 1e-4)
+        assert_close(losses(world)[:3], losses("whole")[:3], 1e-6)
+
+
+@pytest.mark.slow
+def test_another_accumulation_after_a_stop(place):
+    assert job(place, "one", "none", "whole").returncode == 0
+    assert job(place, "one", "stop:6", "half").returncode == 4
+    assert job(place, "one", "none", "half", "train.accumulation=4").returncode == 0
+    assert_close(losses("half"), losses("whole"), 1e-4)
+
+
+def wait_for(condition, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.1)
+
+
+def children(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_the_loss_of_a_process(place, restarts):
+    """The whole job is down within 60 seconds; under --max-restarts it goes on from the last checkpoint."""
+    assert job(place, "fsdp2", "none", "whole", "train.tokens=6000").returncode == 0
+    overrides = ("run_id=hurt", *FP32, "train.accumulation=1", "parallel.data=fsdp", "train.tokens=6000")
+    line = command(2, "train_worker.py", "none", "tiny.yaml", *overrides, restarts=restarts)
+    with subprocess.Popen(
+        line, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        wait_for(lambda: (place / "runs/hurt/checkpoints/step-00000004").is_dir())
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        since = time.monotonic()
+        process.communicate(timeout=150)
+        if restarts == 0:
+            assert process.returncode != 0 and time.monotonic() - since < 60
+            assert job(place, "fsdp2", "none", "hurt", "train.tokens=6000").returncode == 0
+        else:
+            assert process.returncode == 0
+    assert receipt("hurt")["status"] == "finished" and len(receipt("hurt")["starts"]) == 2
+    assert losses("hurt") == losses("whole")
+
+
+def test_torchrun_and_the_config_must_agree(place):
+    found = run(2, "train_worker.py", "none", "tiny.yaml", "run_id=x", cwd=place)
+    assert found.returncode != 0 and "parallel.data: torchrun started 2 processes" in found.stderr
+    found = run(
+        2, "train_worker.py", "none", "tiny.yaml", "run_id=x", "train.batch_rows=6", "parallel.data=fsdp", cwd=place
+    )
+    assert "train.batch_rows: 6 rows do not split over 2 ranks" in found.stderr and not (place / "runs").exists()
+
+
+@pytest.mark.slow
+def test_books_are_kept_by_one(place):
+    assert job(place, "fsdp2", "none", "a").returncode == 0
+    steps = [json.loads(line)["step"] for line in (place / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and len(receipt("a")["starts"]) == 1

@@ -1,0 +1,45 @@
+"""train.py with a mishap: torchrun ... train_worker.py MISHAP train-arguments...
+
+none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects.
+"""
+
+import os
+import signal
+import sys
+
+import train
+from model.hybrid import HybridLM, HybridOutput
+from training.lifecycle import Run
+
+
+def stop_after(step):
+    record = Run.record
+
+    def recorded(self, state, *rest):
+        record(self, state, *rest)
+        if state.step == step and self.world.rank == self.world.size - 1:  # one rank is told, all must stop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Run.record = recorded
+
+
+def cut_on(rank):
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+
+    honest = HybridLM.forward
+
+    def forward(self, tokens, context):
+        output = honest(self, tokens, context)
+        return HybridOutput([state.detach() for state in output.hidden_states], output.final)
+
+    HybridLM.forward = forward
+
+
+if __name__ == "__main__":
+    mishap, _, argument = sys.argv.pop(1).partition(":")
+    if mishap == "stop":
+        stop_after(int(argument))
+    elif mishap == "cut":
+        cut_on(int(argument))
+    train.exit_with(train.main)
