@@ -12,7 +12,7 @@ CONFIG ?= configs/demo.yaml
 INTERPRET ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cuda train test test-oracles check bench format lock
+.PHONY: help setup setup-cuda train test test-oracles test-slow check bench mutants chaos chaos-slice format lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,18 @@ check: $(VENV)/.ready ## format, lint, types
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m mypy
+
+test-slow: $(VENV)/.ready ## the tests over 20 seconds: torchrun jobs, compilation, a browser, Slurm (where installed)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+
+mutants: $(VENV)/.ready ## cut wiring faults into the code, one by one, and show what notices each (about 4 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m tests.mutants
+
+chaos: $(VENV)/.ready ## kill, damage, fill and confuse runs: all must end as if nothing had happened (about an hour)
+	OMP_NUM_THREADS=1 $(PY) -m scripts.chaos --size nightly
+
+chaos-slice: $(VENV)/.ready ## three minutes of it, with a fixed seed
+	OMP_NUM_THREADS=1 $(PY) -m scripts.chaos --size slice
 
 bench: $(VENV)/.ready ## speed against named peers, each ratio beside its bar and its goal (about 15 minutes)
 	$(PY) -m scripts.bench
