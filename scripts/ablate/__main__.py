@@ -22,7 +22,7 @@ from scripts.ablate.grid import Grid, load_grid
 from scripts.ablate.plan import print_plan, store_plan
 from scripts.ablate.report import report
 from scripts.ablate.results import check_folder, is_done, stored_threads, write_results
-from scripts.ablate.runner import run_local
+from scripts.ablate.runner import only_one, run_local
 from scripts.ablate.slurm import submit_all
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--report", nargs="?", const="", metavar="FOLDER")
     arguments = parser.parse_args()
-    console = Console(highlight=False, soft_wrap=not os.isatty(1))
+    console = Console(highlight=False, width=None if os.isatty(1) else 180)
 
     if arguments.jobs is not None:
         require_number("--jobs", arguments.jobs, 1)
@@ -63,8 +63,9 @@ def main() -> int:
     if arguments.launcher == "slurm":
         submit_all(chosen, arguments.sbatch, console)
         return 0
-    outcome = run_local(chosen, jobs, chosen.cells[0].config.threads, console)
-    write_results(grid)
+    with only_one(grid):
+        outcome = run_local(chosen, jobs, chosen.cells[0].config.threads, console)
+        write_results(grid)
     for run_id, reason in outcome.failed.items():
         console.print(f"failed: {run_id}: {reason}", markup=False)
     n_done = sum(is_done(grid, cell) for cell in grid.cells)

@@ -49,7 +49,7 @@ def main() -> int:
     config = load_config(folder / "config.yaml", [f"run_id={folder.name}", "resume=auto"])
     warnings = config.validate()
     if read_receipt(folder).get("status") != "finished":
-        train.choose_run = functools.partial(choose_run, runs=folder.parent)  # type: ignore[attr-defined]
+        train.choose_run = functools.partial(choose_run, runs=folder.parent)
         train.train(config, folder.name, warnings)
     settings = Evaluation(arguments.answers, arguments.limit, arguments.curvature_rows)
     found = evaluate(folder, config, settings)

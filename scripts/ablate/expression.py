@@ -60,7 +60,9 @@ class Expression:
                     known = ", ".join(names)
                     raise InputError(f"{self.key}: unknown name {name}{nearest(name, names)}; expected one of {known}")
                 return names[name]
-        raise InputError(f"{self.key}: {ast.unparse(node)!r} cannot stand in a filter (names, numbers, text, and, or, not)")
+        raise InputError(
+            f"{self.key}: {ast.unparse(node)!r} cannot stand in a filter (names, numbers, text, and, or, not)"
+        )
 
     def _known(self, op: ast.cmpop) -> bool:
         if type(op) not in COMPARE:

@@ -17,7 +17,19 @@ from scripts.ablate.expression import Expression
 from training.config import RunConfig, config_sha256, load_config
 
 GRIDS = Path("ablations")
-KEYS = ("base", "overrides", "baseline", "arms", "axes", "seeds", "filters", "evaluate", "metrics", "checkpoints", "question")
+KEYS = (
+    "base",
+    "overrides",
+    "baseline",
+    "arms",
+    "axes",
+    "seeds",
+    "filters",
+    "evaluate",
+    "metrics",
+    "checkpoints",
+    "question",
+)
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,63}"
 
 
@@ -100,7 +112,11 @@ def load_grid(path: str | Path, threads: int | None = None) -> Grid:
     require_choice(f"{path}: baseline", baseline, arms)
     seeds = list(content["seeds"])
     for seed in seeds:
-        require(isinstance(seed, int) and not isinstance(seed, bool), f"{path}: seeds", f"expected whole numbers, got {seed!r}")
+        require(
+            isinstance(seed, int) and not isinstance(seed, bool),
+            f"{path}: seeds",
+            f"expected whole numbers, got {seed!r}",
+        )
         require_number(f"{path}: seeds", seed, 0)
     require(len(set(seeds)) == len(seeds), f"{path}: seeds", f"one is given twice in {seeds}")
     axes = _axes(content.get("axes") or {}, path)
@@ -145,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         content = OmegaConf.to_container(loaded, resolve=True)
     except Exception as error:  # the YAML parser raises many kinds
-        raise InputError(f"{path}: not a YAML file: {(str(error).splitlines() or [''])[0]}") from None
+        raise InputError(f"{path}: not a YAML file: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(loaded, DictConfig) or not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values at the top level")
     for key in content:
@@ -157,8 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
     ):
         require(bool(content.get(key)), f"{path}", f"{key} is missing; expected {what}")
         require(isinstance(content[key], kind), f"{path}: {key}", f"expected {what}, got {content[key]!r}")
-    mappings = ("overrides", "axes", "evaluate", "metrics")
-    for key in mappings:
+    for key in ("overrides", "axes", "evaluate", "metrics"):
         value = content.get(key)
         require(value is None or isinstance(value, dict), f"{path}: {key}", f"expected keys and values, got {value!r}")
     for arm, values in content["arms"].items():
@@ -172,8 +187,16 @@ def _axes(axes: Mapping[str, Any], path: Path) -> dict[str, tuple[str, list[Any]
     found: dict[str, tuple[str, list[Any]]] = {}
     for key, values in axes.items():
         name = str(key).rsplit(".", 1)[-1]
-        require(isinstance(values, list) and bool(values), f"{path}: axes.{key}", f"expected a list of values, got {values!r}")
-        require(len({str(value) for value in values}) == len(values), f"{path}: axes.{key}", f"a value is given twice in {values}")
+        require(
+            isinstance(values, list) and bool(values),
+            f"{path}: axes.{key}",
+            f"expected a list of values, got {values!r}",
+        )
+        require(
+            len({str(value) for value in values}) == len(values),
+            f"{path}: axes.{key}",
+            f"a value is given twice in {values}",
+        )
         require(name not in found and name not in ("arm", "seed"), f"{path}: axes.{key}", f"the name {name} is taken")
         found[name] = (str(key), values)
     return found
@@ -230,7 +253,11 @@ def _check_pairs(grid: Grid) -> None:
         all_seeds = set().union(*(theirs for (other, _), theirs in seeds.items() if other == point))
         missing = sorted(all_seeds - mine)
         at = f" at {point}" if point != "{}" else ""
-        require(not missing, f"{grid.path}: arm {arm}", f"has no run of seed {', '.join(map(str, missing))}{at}; pairs need it")
+        require(
+            not missing,
+            f"{grid.path}: arm {arm}",
+            f"has no run of seed {', '.join(map(str, missing))}{at}; pairs need it",
+        )
     present = {arm for _, arm in seeds}
     absent = [arm for arm in grid.arms if arm not in present]
     require(not absent, f"{grid.path}: filters", f"leave no run of arm {', '.join(absent)}")
@@ -242,7 +269,9 @@ def _check_different(grid: Grid) -> None:
         identity = effective_sha256(cell.config)
         other = seen.setdefault(identity, cell)
         require(
-            other is cell, f"{grid.path}", f"runs {other.run_id} and {cell.run_id} are equal after merging; drop one of them"
+            other is cell,
+            f"{grid.path}",
+            f"runs {other.run_id} and {cell.run_id} are equal after merging; drop one of them",
         )
 
 

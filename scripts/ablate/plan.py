@@ -33,7 +33,7 @@ def print_plan(grid: Grid, jobs: int, console: Console) -> None:
     )
     tokens, flops, seconds = cost(grid)
     expected = (
-        f"about {clock(seconds / min(jobs, max(len(grid.cells) - done, 1)))} (min:s) at the speed of the runs that are done"
+        f"training takes about {clock(seconds / min(jobs, max(len(grid.cells) - done, 1)))} (min:s) at the speed so far"
         if seconds is not None
         else "time not known before the first run is done"
     )
@@ -72,7 +72,9 @@ def store_plan(grid: Grid) -> None:
         "baseline": grid.baseline,
         "axes": grid.axes,
         "metrics": grid.metrics,
-        "runs": [{"run_id": c.run_id, "arm": c.arm, "seed": c.seed, "overrides": list(c.overrides)} for c in grid.cells],
+        "runs": [
+            {"run_id": c.run_id, "arm": c.arm, "seed": c.seed, "overrides": list(c.overrides)} for c in grid.cells
+        ],
     }
     replace_atomically(grid.folder / "plan.json", json.dumps(plan, indent=1).encode() + b"\n")
     replace_atomically(grid.folder / "arms.csv", to_csv(differences(grid)).encode())
@@ -86,5 +88,3 @@ def table(title: str, rows: Iterable[dict[str, Any]]) -> Table:
     for row in rows:
         shown.add_row(*(str(value).replace("[", "\\[") for value in row.values()))
     return shown
-
-

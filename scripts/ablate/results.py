@@ -42,7 +42,9 @@ def check_folder(grid: Grid) -> None:
     for path in sorted((grid.folder / "runs").glob("*/config.yaml")):
         run_id = path.parent.name
         if run_id not in expected:
-            raise InputError(f"{grid.folder}: holds the results of another grid (run {run_id}); move it away or rename the grid")
+            raise InputError(
+                f"{grid.folder}: holds the results of another grid (run {run_id}); move it away or rename the grid"
+            )
         differing = differing_keys(load_config(path), expected[run_id].config)
         if differing:
             raise InputError(
@@ -54,7 +56,9 @@ def check_folder(grid: Grid) -> None:
 def stored_threads(grid: Grid) -> int | None:
     """What the runs that are there were started with: later ones keep it, as sums may depend on it."""
     found = {load_config(path).threads for path in (grid.folder / "runs").glob("*/config.yaml")}
-    require(len(found) < 2, f"{grid.folder}", f"holds runs with different numbers of threads: {sorted(map(str, found))}")
+    require(
+        len(found) < 2, f"{grid.folder}", f"holds runs with different numbers of threads: {sorted(map(str, found))}"
+    )
     return found.pop() if found else None
 
 
@@ -148,7 +152,11 @@ def differences(grid: Grid) -> list[Row]:
         merged = OmegaConf.create(dataclasses.asdict(cell.config))
         flat[cell.arm] = dict(_flatten(OmegaConf.to_container(merged)))
     varied = {*grid.axes.values(), "seed", "run_id"}
-    keys = [key for key in next(iter(flat.values())) if key not in varied and len({str(f.get(key)) for f in flat.values()}) > 1]
+    keys = [
+        key
+        for key in next(iter(flat.values()))
+        if key not in varied and len({str(f.get(key)) for f in flat.values()}) > 1
+    ]
     return [{"arm": arm, **{key: flat[arm].get(key) for key in keys}} for arm in grid.arms if arm in flat]
 
 

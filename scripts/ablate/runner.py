@@ -5,6 +5,7 @@ Ctrl-C (or SIGTERM) asks the runs for a save and waits for them; a second one en
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from errors import InputError
 from scripts.ablate.grid import Cell, Grid
 from scripts.ablate.results import is_done, run_folder, write_results
 from training.durable import replace_atomically
+from training.ownership import live_owner
 from training.receipt import read_receipt
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +84,30 @@ def start(grid: Grid, cell: Cell, threads: int | None) -> Active:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C is ours to pass on
+            preexec_fn=_die_with_parent,
             env=environment(grid, threads),
         )
     return Active(cell, process, time.monotonic())
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the runner is killed: the run saves and stops, and the next call goes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def only_one(grid: Grid) -> Iterator[None]:
+    """Raises InputError if another process runs this grid."""
+    lock = FileLock(grid.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{grid.folder}: another process is running this grid") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> Outcome:
@@ -99,8 +124,13 @@ def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> O
             for job in active:
                 if asked:
                     _pass_on(job, len(asked))
-            while waiting and not asked and len(active) < jobs:
-                active.append(start(grid, waiting.pop(0), threads))
+            while not asked and len(active) < jobs:
+                # one that a killed runner left behind may still be saving
+                free = next((cell for cell in waiting if live_owner(run_folder(grid, cell)) is None), None)
+                if free is None:
+                    break
+                waiting.remove(free)
+                active.append(start(grid, free, threads))
             time.sleep(POLL_SECONDS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
@@ -109,7 +139,15 @@ def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> O
                 elif not asked:
                     failed[job.cell.run_id] = failure(grid, job)
                 if not live:
-                    _tell(console, grid, job, failed, total - len(waiting) - len(active), total, _eta(laps, waiting, active, jobs))
+                    _tell(
+                        console,
+                        grid,
+                        job,
+                        failed,
+                        total - len(waiting) - len(active),
+                        total,
+                        _eta(laps, waiting, active, jobs),
+                    )
                 write_results(grid)
             if live:
                 live.update(_table(grid, active, waiting, failed, laps, jobs, total))
@@ -161,14 +199,22 @@ def _tell(
     console: Console, grid: Grid, job: Active, failed: dict[str, str], number: int, total: int, eta: float | None
 ) -> None:
     run_id = job.cell.run_id
-    what = f"FAILED, {failed[run_id]}" if run_id in failed else read_receipt(run_folder(grid, job.cell)).get("status", "?")
+    what = (
+        f"FAILED, {failed[run_id]}" if run_id in failed else read_receipt(run_folder(grid, job.cell)).get("status", "?")
+    )
     left = f", about {clock(eta)} left" if eta else ""
     line = f"{number}/{total} {run_id}: {what} after {time.monotonic() - job.started:.0f} s{left}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(
-    grid: Grid, active: list[Active], waiting: list[Cell], failed: dict[str, str], laps: list[float], jobs: int, total: int
+    grid: Grid,
+    active: list[Active],
+    waiting: list[Cell],
+    failed: dict[str, str],
+    laps: list[float],
+    jobs: int,
+    total: int,
 ) -> Table:
     eta = _eta(laps, waiting, active, jobs)
     left = f"about {clock(eta)} left" if eta is not None else "time left not known yet"
@@ -180,7 +226,9 @@ def _table(
         tokens = receipt.get("tokens") or 0
         share = f"{tokens:,} ({tokens / job.cell.config.train.tokens:.0%})"
         state = "evaluating" if receipt.get("status") == "finished" else "running" if receipt else "starting"
-        table.add_row(job.cell.run_id, state, f"{receipt.get('step', 0):,}", share, clock(time.monotonic() - job.started))
+        table.add_row(
+            job.cell.run_id, state, f"{receipt.get('step', 0):,}", share, clock(time.monotonic() - job.started)
+        )
     for run_id, reason in failed.items():
         table.add_row(run_id, f"[red]failed[/]: {reason[:80].replace('[', '(')}", "", "", "")
     return table

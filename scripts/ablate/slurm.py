@@ -8,7 +8,7 @@ from rich.console import Console
 
 from scripts.ablate.grid import Cell, Grid
 from scripts.ablate.results import is_done
-from scripts.ablate.runner import arm_command, prepare_folder
+from scripts.ablate.runner import ROOT, arm_command, prepare_folder
 from scripts.launch import slurm
 from scripts.launch.job import Job
 
@@ -35,7 +35,8 @@ def submit(grid: Grid, cell: Cell, sbatch: list[str]) -> Job:
     folder = prepare_folder(grid, cell)
     threads = cell.config.threads or 1
     options = [f"--cpus-per-task={threads}", *sbatch]
-    job = Job("slurm", sbatch=options, command=arm_command(grid, cell), cwd=str(Path.cwd()))
+    command = ["env", f"PYTHONPATH={ROOT}", *arm_command(grid, cell)]
+    job = Job("slurm", sbatch=options, command=command, cwd=str(Path.cwd()))
     script = folder / "job.sh"
     script.write_text(slurm.render(folder, job))
     answer = slurm._slurm("sbatch", "--parsable", str(script))

@@ -1,0 +1,117 @@
+"""A grid's results as Markdown: means per arm, paired comparisons, verdicts, and the power that is left."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.ablation import Comparison, Outcomes, is_number, number
+from analysis.statistics import smallest_sign_flip_p
+
+KINDS = {
+    "point": "Arm minus baseline of the same seed",
+    "mean": "Mean over all points per seed, arm minus baseline",
+    "contrast": "Does the effect change from the first point to the last? (difference of differences)",
+}
+
+
+def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
+    planned = f" of {outcomes.planned} planned" if outcomes.planned else ""
+    seeds = ", ".join(map(str, outcomes.seeds))
+    parts = [f"{len(outcomes.rows)}{planned} runs are finished; seeds {seeds}; baseline `{outcomes.baseline}`."]
+    parts.append("What differs between the arms:\n\n" + table(outcomes.settings))
+    for metric, direction in outcomes.metrics.items():
+        mine = [comparison for comparison in comparisons if comparison.metric == metric]
+        parts.append(
+            f"### `{metric}` ({direction} is better)\n\nMean over seeds, and their standard deviation:\n\n"
+            + means_table(outcomes, metric)
+        )
+        for kind, title in KINDS.items():
+            rows = [comparison_row(c, direction) for c in mine if c.kind == kind]
+            if rows:
+                parts.append(f"{title}:\n\n" + table(rows))
+    n = max((c.result.n for c in comparisons), default=0)
+    smallest = f"{smallest_sign_flip_p(n):.3g}"
+    parts.append(
+        f"95% intervals and p values are Student's (paired); Holm corrects them over all comparisons of one table. The "
+        f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: the "
+        f"true difference that this number of seeds would find with 80% probability at 5%, without the correction. Seeds "
+        f"are the only thing that varies: nothing here speaks of other data, sizes or schedules."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def means_table(outcomes: Outcomes, metric: str) -> str:
+    rows = []
+    for arm in outcomes.arms:
+        row: dict[str, Any] = {"arm": f"`{arm}`"}
+        for point in outcomes.points:
+            values = list(outcomes.values(metric, arm, point).values())
+            spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+            row[outcomes.label(point)] = f"{short(statistics.mean(values))}{spread} (n={len(values)})" if values else ""
+        rows.append(row)
+    return table(rows)
+
+
+def comparison_row(comparison: Comparison, direction: str) -> dict[str, Any]:
+    result = comparison.result
+    interval = f"{signed(result.low)} .. {signed(result.high)}" if is_number(result.low) else ""
+    return {
+        "where": comparison.where,
+        "arm": f"`{comparison.arm}`",
+        "pairs": result.n,
+        "difference": signed(result.mean),
+        "95% interval": interval,
+        "p": p_text(result.p_t),
+        "p (Holm)": p_text(comparison.p_holm),
+        "p (sign flips)": p_text(result.p_flip),
+        "detectable": short(result.detectable),
+        "verdict": comparison.verdict(direction),
+    }
+
+
+def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences for the top of the page: of the primary metric alone."""
+    primary, direction = next(iter(outcomes.metrics.items()))
+    found = []
+    for comparison in comparisons:
+        if comparison.metric != primary or comparison.kind == "contrast":
+            continue
+        if (
+            comparison.kind == "point"
+            and len(outcomes.points) > 1
+            and comparison.verdict(direction) == "no difference shown"
+        ):
+            continue
+        result = comparison.result
+        interval = (
+            f" (95% {signed(result.low)} .. {signed(result.high)}, {result.n} pairs)" if is_number(result.low) else ""
+        )
+        found.append(
+            f"{comparison.arm}, {comparison.where}: {primary} {signed(result.mean)}{interval}: "
+            f"{comparison.verdict(direction)}."
+        )
+    return found or ["No pair is finished."]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """GitHub Markdown; every row has the keys of the first."""
+    if not rows:
+        return "(none)"
+    lines = [list(map(str, rows[0])), ["---"] * len(rows[0])]
+    lines += [[number(row.get(name)).replace("|", "\\|") for name in rows[0]] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def signed(value: float) -> str:
+    return "" if not is_number(value) else f"{value:+.3g}" if value else "0"
+
+
+def short(value: float) -> str:
+    return f"{value:.4g}" if is_number(value) else ""
+
+
+def p_text(p: float) -> str:
+    return "" if math.isnan(p) else f"{p:.2g}" if p >= 0.001 else "< 0.001"
