@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data.batch import IGNORE_LABEL, Batch
@@ -221,10 +221,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        """The first dimension that all ranks get an equal part of (16 experts do not go round 64 ranks), else 0."""
+        shards = mesh.size(mesh.ndim - 1)
+        return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % shards == 0), 0))
+
     marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
     blocks: Any = model.blocks
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
         register_fsdp_forward_method(module, "step")

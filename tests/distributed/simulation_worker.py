@@ -1,0 +1,59 @@
+"""One rank of 64 that do not exist: the whole layout is built, cut and taken through one step, without memory.
+
+simulation_worker.py CONFIG RANK [overrides]: torch's fake process group and fake tensors. Prints one JSON object.
+"""
+
+import json
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from losses.objective import Objective
+from model.context import SequenceContext
+from model.hybrid import HybridLM
+from training.config import load_config
+from training.distributed import World, make_mesh
+from training.optimizer import build_optimizer
+
+RANKS, LENGTH = 64, 512
+
+
+def main(path, rank, *overrides):
+    config = load_config(path, overrides)
+    dist.init_process_group("fake", store=FakeStore(), rank=int(rank), world_size=RANKS)
+    mesh = make_mesh(config.parallel, "cpu", RANKS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = HybridLM(config.model, 32_000).train()
+        total = sum(parameter.numel() for parameter in model.parameters())
+        world = World(config.parallel, torch.device("cpu"), int(rank), RANKS, mesh)
+        world.parallelize(model)
+        optimizer = build_optimizer(model, config.optimizer)
+        objective = Objective(config.stp, model.letters)
+        objective.join = lambda output: None  # the CPU kernel reads memory, which is not there
+        tokens, ids = torch.zeros(1, LENGTH, dtype=torch.int64), torch.zeros(1, LENGTH, dtype=torch.int32)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(tokens, SequenceContext.from_document_ids(ids))
+            triples = objective.draw(ids, torch.zeros(1, dtype=torch.int64), 0)
+            weight = torch.tensor(0.1)
+            loss = objective(output, model.head.weight, tokens, triples, stp_weight=weight, stp_divisor=64.0)
+        loss.total.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        optimizer.step()
+    found = {
+        "parameters": total,
+        "local": sum(parameter.to_local().numel() for parameter in model.parameters()),
+        "states": [str(state.dtype) for state in output.hidden_states],
+        "gradients": all(isinstance(gradient, DTensor) for gradient in gradients),
+        "optimizer": all(isinstance(state["exp_avg"], DTensor) for state in optimizer.state.values()),
+        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
