@@ -34,11 +34,12 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
                 parts.append(f"{title}:\n\n" + table(rows))
     n = max((c.result.n for c in comparisons), default=0)
     smallest = f"{smallest_sign_flip_p(n):.3g}"
+    smallest = f"{smallest_sign_flip_p(n):.3g}"
     parts.append(
         f"95% intervals and p values are Student's (paired); Holm corrects them over all comparisons of one table. The "
-        f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: the "
-        f"true difference that this number of seeds would find with 80% probability at 5%, without the correction. Seeds "
-        f"are the only thing that varies: nothing here speaks of other data, sizes or schedules."
+        f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: "
+        f"the true difference that this number of seeds would find with 80% probability at 5%, without the correction. "
+        f"Seeds are the only thing that varies: nothing here speaks of other data, sizes or schedules."
     )
     return "\n\n".join(parts) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -125,6 +126,7 @@ def load_grid(path: str | Path, threads: int | None = None) -> Grid:
         common["threads"] = threads
     keep = [Expression(text, f"{path}: filters") for text in content.get("filters") or []]
     cells = []
+    configs: dict[str, RunConfig] = {}  # read once for all seeds
     for seed in seeds:
         for values in product(*(values for _, values in axes.values())):
             point = dict(zip(axes, values))
@@ -132,7 +134,7 @@ def load_grid(path: str | Path, threads: int | None = None) -> Grid:
                 if not all(expression({"arm": arm, "seed": seed, **point}) for expression in keep):
                     continue
                 settings = {**common, **changes, **{axes[name][0]: value for name, value in point.items()}}
-                cells.append(_cell(path, str(content["base"]), arm, seed, point, settings))
+                cells.append(_cell(path, str(content["base"]), arm, seed, point, settings, configs))
     require(bool(cells), f"{path}: filters", "leave none of the runs")
     grid = Grid(
         path.stem,
@@ -164,8 +166,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a YAML file: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(loaded, DictConfig) or not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values at the top level")
-    for key in content:
-        require(key in KEYS, f"{path}", f"unknown key {key}{nearest(str(key), KEYS)}; expected {', '.join(KEYS)}")
+    for key in map(str, content):
+        require(key in KEYS, f"{path}", f"unknown key {key}{nearest(key, KEYS)}; expected {', '.join(KEYS)}")
     for key, kind, what in (
         ("base", str, "the path of a config"),
         ("arms", dict, "a name for each arm, and its overrides below it"),
@@ -202,17 +204,29 @@ def _axes(axes: Mapping[str, Any], path: Path) -> dict[str, tuple[str, list[Any]
     return found
 
 
-def _cell(path: Path, base: str, arm: str, seed: int, point: dict[str, Any], settings: Mapping[str, Any]) -> Cell:
+def _cell(
+    path: Path,
+    base: str,
+    arm: str,
+    seed: int,
+    point: dict[str, Any],
+    settings: Mapping[str, Any],
+    configs: dict[str, RunConfig],
+) -> Cell:
     where = f"{path}: arm {arm}"
     for key in ("seed", "run_id", "resume"):
         require(key not in settings, where, f"{key} is the grid's own; take it out")
-    overrides = tuple(f"{key}={_text(value)}" for key, value in {**settings, "seed": seed}.items())
-    try:
-        config = load_config(base, overrides)
-        config.validate()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    return Cell(arm, seed, point, overrides, config)
+    overrides = tuple(f"{key}={_text(value)}" for key, value in settings.items())
+    key = repr(overrides)
+    if key not in configs:
+        try:
+            configs[key] = load_config(base, overrides)
+            configs[key].validate()
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    config = copy.deepcopy(configs[key])
+    config.seed = seed
+    return Cell(arm, seed, point, (*overrides, f"seed={seed}"), config)
 
 
 def _text(value: Any) -> str:
@@ -264,9 +278,10 @@ def _check_pairs(grid: Grid) -> None:
 
 
 def _check_different(grid: Grid) -> None:
+    """No two arms are the same experiment at the same point (a baseline may repeat along an axis of STP alone)."""
     seen: dict[str, Cell] = {}
     for cell in grid.cells:
-        identity = effective_sha256(cell.config)
+        identity = f"{cell.point} {effective_sha256(cell.config)}"
         other = seen.setdefault(identity, cell)
         require(
             other is cell,

@@ -1,0 +1,114 @@
+"""Comparisons, tables, page and SVG of a grid from its rows, against hand-made results."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from analysis.ablation import Outcomes, compare, read_rows
+from analysis.ablation_page import page
+from analysis.ablation_svg import paired_svg
+from analysis.ablation_text import findings, markdown
+from errors import InputError
+
+NASTY = "</script><b>&\"'"
+
+
+def outcomes(**changes):
+    rows, curves, costs = [], [], []
+    noise = [0.01, -0.02, 0.03, 0.0, -0.01]
+    for seed in range(5):
+        for fraction in (1.0, 0.25):
+            for arm in ("none", "good", "placebo", NASTY):
+                gain = {"good": 0.1 if fraction == 1 else 0.2, NASTY: 0.0}.get(arm, 0.0)
+                wobble = {"good": 0.1, NASTY: 1.0}.get(arm, 0.0) * noise[seed]
+                run = {"run_id": f"{arm}-{fraction}-s{seed}", "arm": arm, "train_fraction": fraction, "seed": seed}
+                same = f"w{fraction}{seed}" + ("" if arm in ("none", "placebo") else arm)
+                value = 0.5 + noise[-seed] + gain + wobble
+                numbers = {"exact": value, "curvature/degrees/A": 90.0, "curvature/effective_rank/A": 30.0}
+                rows.append({**run, **numbers, "weights_sha256": same})
+                curves += [{**run, "tokens": tokens, "val_loss": 3 - tokens / 100} for tokens in (50, 100 + seed)]
+                costs.append({**run, "seconds": 10 + seed, "starts": 1})
+    settings = [{"arm": arm, "stp.form": "triple"} for arm in ("none", "good", "placebo", NASTY)]
+    given = {"name": "g", "question": NASTY, "baseline": "none", "arms": ("none", "good", "placebo", NASTY)}
+    given |= {"axes": ("train_fraction",), "metrics": {"exact": "higher"}, "rows": rows, "curves": curves}
+    return Outcomes(**{**given, "costs": costs, "settings": settings, "planned": 40, **changes})
+
+
+def find(comparisons, arm, kind, where=""):
+    return next(c for c in comparisons if c.arm == arm and c.kind == kind and where in c.where)
+
+
+def test_differences_are_those_of_pairs():
+    found = compare(outcomes())
+    good = find(found, "good", "point", "0.25")
+    assert good.result.n == 5 and good.result.mean == pytest.approx(0.2 + 0.1 * 0.002)
+    assert good.verdict("higher") == "better" and good.verdict("lower") == "worse"
+    assert good.baseline_mean + good.result.mean == pytest.approx(good.arm_mean)
+    assert find(found, NASTY, "point").verdict("higher") == "no difference shown"
+    assert find(found, "good", "mean").result.mean == pytest.approx(0.15 + 0.0002)
+    assert find(found, "good", "contrast").result.mean == pytest.approx(0.1)
+
+
+def test_a_placebo_is_identical_only_if_its_weights_are():
+    found = compare(outcomes())
+    placebo = find(found, "placebo", "point")
+    assert placebo.verdict("higher") == "identical, bit for bit" and math.isnan(placebo.p_holm)
+    # and takes no part in the correction: two others at two points
+    others = [c for c in found if c.kind == "point" and c.arm != "placebo"]
+    assert find(found, "good", "point", "0.25").p_holm == pytest.approx(4 * min(c.result.p_t for c in others))
+    rows = [{**row, "weights_sha256": "z" if row["arm"] == "placebo" else "y"} for row in outcomes().rows]
+    assert find(compare(outcomes(rows=rows)), "placebo", "point").verdict("higher") == "no difference shown"
+
+
+def test_unfinished_grids_pair_what_is_there():
+    rows = [row for row in outcomes().rows if row["run_id"] not in ("good-0.25-s4", "none-1.0-s3")]
+    found = compare(outcomes(rows=rows))
+    assert find(found, "good", "point", "0.25").result.n == 4
+    assert find(found, "good", "point", "1").result.n == 4
+    assert find(found, "good", "mean").result.n == 3
+    only = [row for row in rows if row["arm"] == "good"]
+    with pytest.raises(InputError, match="no run of arm none is finished"):
+        compare(outcomes(rows=only))
+    with pytest.raises(InputError, match=r"exakt is no column of the results .did you mean 'exact'"):
+        compare(outcomes(metrics={"exakt": "higher"}))
+
+
+def test_text_says_what_can_be_said():
+    result = outcomes(planned=60)
+    text = markdown(result, compare(result))
+    assert "40 of 60 planned runs" in text and "cannot be below 0.0625" in text
+    assert "identical, bit for bit" in text and "difference of differences" in text
+    assert any(line.startswith("good, train_fraction 0.25: exact +0.2") for line in findings(result, compare(result)))
+
+
+def test_the_page_holds_everything_and_escapes_what_people_wrote():
+    result = outcomes(planned=60)
+    text = page(result, compare(result), "python -m scripts.ablate x")
+    assert NASTY not in text and text.count("plotly.js v") == 1 and "This grid is not finished" in text
+    data = json.loads(re.search(r'id="page-data">(.*?)</script>', text, flags=re.S).group(1))
+    figures = {figure["key"]: figure for figure in data["figures"]}
+    assert {"paired", "held", "cost", "degrees", "rank"} <= set(figures)
+    assert "train" not in figures  # no such records
+    dots = figures["paired"]["views"][0]["data"][0]
+    assert len(dots["y"]) == 5 * 3  # seeds x (two points and their mean)
+    assert len(figures["held"]["views"]) == 2
+    names = set(re.findall(r'"@([A-Za-z]+)', json.dumps(data["figures"])))
+    assert names <= set(data["colours"])
+
+
+def test_the_picture_is_well_formed_and_has_a_dot_per_seed():
+    result = outcomes()
+    tree = ElementTree.fromstring(paired_svg(result, compare(result), "exact"))
+    circles = [node for node in tree.iter() if node.tag.endswith("circle")]
+    assert len(circles) == 5 * 3 * 3
+    assert all(0 <= float(node.get("cx")) <= 860 for node in circles)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    (tmp_path / "r.csv").write_text("run_id,x,y\na,1,0.5\nb,,nan\n")
+    rows = read_rows(tmp_path / "r.csv")
+    assert rows[0] == {"run_id": "a", "x": 1, "y": 0.5} and rows[1]["x"] is None
+    assert read_rows(tmp_path / "none.csv") == []

@@ -1,0 +1,193 @@
+"""Grid files: expansion, what differs, and every kind of bad input before anything starts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import make_place
+
+from errors import InputError
+from scripts.ablate import __main__ as command
+from scripts.ablate.expression import Expression
+from scripts.ablate.grid import load_grid
+from scripts.ablate.results import check_folder, differences, result_rows, run_folder
+from scripts.ablate.runner import arm_command, environment, prepare_folder
+from training.config import differing_keys
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+GRID = {
+    "base": "tiny.yaml",
+    "overrides": {"train.tokens": 1500},
+    "baseline": "none",
+    "arms": {"none": {"stp.weight": 0}, "triple": {"stp.weight": 0.1}, "placebo": {"stp.variant": "detached"}},
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
+
+
+def write(place, name="g", **changes):
+    path = place / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
+    return path
+
+
+def ablate(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scripts.ablate", *map(str, arguments)])
+    return command.main()
+
+
+def test_cells_are_arms_times_axes_times_seeds_with_seeds_outermost(place):
+    grid = load_grid(write(place, axes={"stp.n_spans": [2, 3]}, filters=['arm != "placebo" or n_spans == 2']))
+    assert len(grid.cells) == 2 * (3 + 2)
+    assert [cell.seed for cell in grid.cells] == [0] * 5 + [1] * 5
+    assert grid.cells[0].run_id == "none-n_spans=2-s0"
+    assert {cell.config.stp.n_spans for cell in grid.cells if cell.point == {"n_spans": 3}} == {3}
+    assert all(cell.config.train.tokens == 1500 and cell.config.seed == cell.seed for cell in grid.cells)
+    assert len({cell.run_id for cell in grid.cells}) == len(grid.cells)
+
+
+def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
+    rows = differences(load_grid(write(place)))
+    assert rows == [
+        {"arm": "none", "stp.weight": 0.0, "stp.variant": "standard"},
+        {"arm": "triple", "stp.weight": 0.1, "stp.variant": "standard"},
+        {"arm": "placebo", "stp.weight": 0.1, "stp.variant": "detached"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"arms": {"none": {"stp.weight": 0}, "odd": {"stp.wieght": 1}}},
+            "arm odd: unknown key stp.wieght .did you mean",
+        ),
+        ({"arms": {"a": {"stp.weight": 0.1}, "b": {}}, "baseline": "a"}, "runs a-s0 and b-s0 are equal after merging"),
+        # with STP off nothing else of it counts
+        ({"arms": {"none": {"stp.weight": 0}, "b": {"stp.weight": 0, "stp.n_spans": 9}}}, "are equal after merging"),
+        ({"filters": ["seed > 7"]}, "filters: leave none of the runs"),
+        ({"filters": ['arm != "triple"']}, "leave no run of arm triple"),
+        ({"filters": ['arm != "triple" or seed == 0']}, "arm triple: has no run of seed 1"),
+        ({"filters": ["sead == 1"]}, "unknown name sead .did you mean 'seed'"),
+        ({"filters": ["__import__('os')"]}, "cannot stand in a filter"),
+        ({"filters": ["seed =="]}, "is no expression"),
+        ({"filters": ["arm < 3"]}, "not supported between"),
+        ({"arms": {"none": {"stp.weight": -1}, "b": {}}}, "arm none: stp.weight: expected at least 0"),
+        ({"arms": {"none": {"seed": 3}, "b": {}}}, "seed is the grid's own"),
+        ({"arms": {"none": {}, "a/b": {"stp.n_spans": 5}}}, "expected a plain name"),
+        ({"arms": {"none": 3}}, "expected dotted overrides"),
+        ({"arms": {}}, "arms is missing"),
+        ({"arm": {}}, "unknown key arm .did you mean 'arms'"),
+        ({"baseline": "nonne"}, "unknown value 'nonne' .did you mean 'none'"),
+        ({"seeds": []}, "seeds is missing"),
+        ({"seeds": [0, 0]}, "one is given twice"),
+        ({"seeds": [True]}, "expected whole numbers"),
+        ({"seeds": [-1]}, "expected a finite number at least 0"),
+        ({"axes": {"stp.n_spans": 3}}, "expected a list of values"),
+        ({"axes": {"stp.n_spans": [3, 3]}}, "a value is given twice"),
+        ({"axes": {"train.seed": [3]}}, "the name seed is taken"),
+        ({"evaluate": {"answers": "tets"}}, "evaluate.answers: unknown value 'tets'"),
+        ({"evaluate": {"anwsers": "test"}}, "unknown value 'anwsers' .did you mean 'answers'"),
+        ({"metrics": {"x": "up"}}, "metrics.x: unknown value 'up'"),
+        ({"checkpoints": "none"}, "checkpoints: unknown value"),
+        ({"base": "tinny.yaml"}, "arm none: tinny.yaml: no such config file .did you mean 'tiny.yaml'"),
+    ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(place, monkeypatch, changes, message):
+    path = write(place, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        ablate(monkeypatch, path)
+    assert "\n" not in str(caught.value)
+    assert not (place / "ablations").exists()
+
+
+def test_files_that_are_no_grid(place, monkeypatch):
+    (place / "list.yaml").write_text("- 1\n")
+    (place / "broken.yaml").write_text("a: [1\n")
+    for name, message in (("list", "expected keys"), ("broken", "not a YAML file"), ("gg", "no such grid file")):
+        with pytest.raises(InputError, match=message):
+            ablate(monkeypatch, place / f"{name}.yaml")
+
+
+def test_bad_options(place, monkeypatch):
+    path = write(place)
+    with pytest.raises(InputError, match="--filter: 'seed == 9' leaves none of the 6 runs"):
+        ablate(monkeypatch, path, "--filter", "seed == 9")
+    with pytest.raises(InputError, match="--jobs: expected"):
+        ablate(monkeypatch, path, "--jobs", 0)
+    with pytest.raises(InputError, match="no finished run to report"):
+        ablate(monkeypatch, path, "--report")
+    with pytest.raises(InputError, match="needs --launcher slurm"):
+        ablate(monkeypatch, path, "--sbatch=--partition=x")
+
+
+def test_results_of_another_grid_in_the_folder(place, monkeypatch):
+    grid = load_grid(write(place), threads=1)
+    prepare_folder(grid, grid.cells[0])
+    check_folder(grid)
+    with pytest.raises(InputError, match=r"is a run of another config .train.tokens.*results of another grid"):
+        ablate(monkeypatch, write(place, overrides={"train.tokens": 1600}))
+    others = {"none": {"stp.weight": 0}, "x": {}}
+    with pytest.raises(InputError, match=r"holds the results of another grid .run none-s0"):
+        ablate(monkeypatch, write(place, arms=others, axes={"stp.n_spans": [1]}))
+    # more seeds or arms are the same grid, grown
+    check_folder(load_grid(write(place, seeds=[0, 1, 2]), threads=1))
+
+
+def test_threads_of_the_runs_that_are_there_are_kept(place):
+    path = write(place, overrides={})
+    (place / "tiny.yaml").write_text((place / "tiny.yaml").read_text().replace("threads: 1", ""))
+    first = command.with_threads(load_grid(path), str(path), jobs=1_000)
+    assert {cell.config.threads for cell in first.cells} == {1}
+    prepare_folder(first, first.cells[0])
+    again = command.with_threads(load_grid(path), str(path), jobs=1)
+    assert {cell.config.threads for cell in again.cells} == {1}
+
+
+def test_a_dry_run_starts_nothing(place, monkeypatch, capsys):
+    assert ablate(monkeypatch, write(place), "--dry-run", "--filter", "seed == 0") == 0
+    shown = capsys.readouterr().out
+    assert "3 runs: 3 arms x seeds [0]" in shown and "stp.variant" in shown and "4,500 loss-bearing tokens" in shown
+    assert not (place / "ablations").exists()
+
+
+def test_the_command_and_environment_of_a_run(place):
+    grid = load_grid(write(place, evaluate={"answers": "test", "limit": 7}))
+    words = arm_command(grid, grid.cells[0])
+    assert words[1:4] == ["-m", "scripts.ablate.arm", str(run_folder(grid, grid.cells[0]))]
+    assert {"--answers=test", "--limit=7", "--checkpoints=keep"} <= set(words)
+    assert environment(grid, 2)["OMP_NUM_THREADS"] == "2" and environment(grid, 2)["WANDB_RUN_GROUP"] == "g"
+    assert result_rows(grid) == []
+
+
+def test_expressions():
+    names = {"arm": "a", "seed": 2, "x": 0.5}
+    for text, expected in {
+        'arm == "a" and seed >= 2': True,
+        'arm in ["b", "c"] or not seed < 3': False,
+        "0 < x <= 0.5": True,
+        "seed not in (1, 2)": False,
+        "x > -1": True,
+    }.items():
+        assert Expression(text)(names) is expected
+    for text in ("seed + 1", "arm.upper()", "[x for x in y]", "seed is 2", "lambda: 1"):
+        with pytest.raises(InputError, match="--filter"):
+            Expression(text)(names)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_grids_are_valid_and_paired(path, monkeypatch):
+    monkeypatch.chdir(path.parents[2])
+    grid = load_grid(path)
+    allowed = {"seed", "threads", *grid.axes.values()}
+    for cell in grid.cells:
+        base = next(c for c in grid.cells if (c.arm, c.seed, c.point) == (grid.baseline, cell.seed, cell.point))
+        # arms differ in STP alone: same order of data, same weights at the start, same budget
+        changed = set(differing_keys(base.config, cell.config)) - allowed
+        assert all(key.startswith("stp.") for key in changed), changed
+    assert grid.question

@@ -1,0 +1,176 @@
+"""The runner with stand-ins for runs (fast), and a whole tiny grid that is killed and goes on (slow)."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_run import ROOT, make_place
+
+from errors import InputError
+from scripts.ablate import runner, slurm
+from scripts.ablate.grid import load_grid
+from scripts.ablate.results import is_done, result_rows, run_folder, write_results
+from scripts.launch.job import Job
+
+GRID = {
+    "base": "tiny.yaml",
+    "overrides": {"train.tokens": 900, "stp.gate.start_tokens": 0, "stp.gate.ramp_tokens": 0},
+    "arms": {"none": {"stp.weight": 0}, "triple": {}, "placebo": {"stp.variant": "detached"}},
+    "seeds": [0, 1],
+    "checkpoints": "remove",
+}
+# What a run leaves behind, without the run. An arm whose name is in $FAIL fails; $SLEEP: seconds it takes.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+time.sleep(float(os.environ.get("SLEEP", 0)))
+if folder.name.rsplit("-", 1)[0] == os.environ.get("FAIL"):
+    sys.exit("this arm is broken")
+with (folder / "count").open("a") as file:
+    file.write("x")
+receipt = {"status": "finished", "tokens": 900, "step": 9, "metrics": {"val_bits_per_byte": 2.0}, "starts": [{}]}
+(folder / "receipt.json").write_text(json.dumps(receipt))
+settings = {"answers": "none", "limit": None, "curvature_rows": 8}
+(folder / "evaluation.json").write_text(json.dumps({"settings": settings, "metrics": {"weights_sha256": "a"}}))
+"""
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    make_place(tmp_path, monkeypatch)
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(GRID))
+    return load_grid("g.yaml")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    def command(grid, cell):
+        return [sys.executable, "-c", STAND_IN, str(run_folder(grid, cell))]
+
+    monkeypatch.setattr(runner, "arm_command", command)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+
+
+def run(grid, jobs=3):
+    console = Console(record=True, width=200, file=io.StringIO())
+    return runner.run_local(grid, jobs, 1, console), console.export_text()
+
+
+def test_a_failed_arm_is_reported_and_the_rest_goes_on_and_a_restart_does_what_is_missing(grid, stand_in, monkeypatch):
+    monkeypatch.setenv("FAIL", "triple")
+    outcome, shown = run(grid)
+    assert outcome.done == 4 and not outcome.interrupted
+    assert set(outcome.failed) == {"triple-s0", "triple-s1"}
+    assert "exit code 1: this arm is broken" in outcome.failed["triple-s0"] and "FAILED" in shown
+    rows = result_rows(grid)
+    assert [row["run_id"] for row in rows] == ["none-s0", "placebo-s0", "none-s1", "placebo-s1"]
+    assert Path("ablations/g/results.csv").read_text().count("\n") == 5
+
+    monkeypatch.delenv("FAIL")
+    outcome, _ = run(grid)
+    assert outcome.done == 6 and not outcome.failed
+    counts = {cell.run_id: (run_folder(grid, cell) / "count").read_text() for cell in grid.cells}
+    assert set(counts.values()) == {"x"}  # nothing ran twice
+
+
+def test_a_stop_ends_what_runs_starts_nothing_more_and_can_go_on(grid, stand_in, monkeypatch):
+    monkeypatch.setenv("SLEEP", "30")
+    started = time.monotonic()
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    outcome, _ = run(grid, jobs=2)
+    assert outcome.interrupted and outcome.done == 0 and not outcome.failed
+    assert time.monotonic() - started < 10
+    assert len(list(Path("ablations/g/runs").iterdir())) == 2
+    monkeypatch.setenv("SLEEP", "0")
+    assert run(grid)[0].done == 6
+
+
+def test_a_run_that_a_killed_runner_left_behind_is_waited_for(grid, stand_in, monkeypatch):
+    calls = []
+    real = runner.live_owner
+
+    def owner(folder):
+        calls.append(folder)
+        return {"pid": 1} if folder.name == "none-s0" and len(calls) < 40 else real(folder)
+
+    monkeypatch.setattr(runner, "live_owner", owner)
+    assert run(grid)[0].done == 6
+
+
+def test_two_runners_of_one_grid(grid):
+    grid.folder.mkdir(parents=True)
+    with runner.only_one(grid), pytest.raises(InputError, match="another process is running this grid"):
+        with runner.only_one(grid):
+            pass
+
+
+def test_results_are_evaluated_again_when_the_evaluation_changes(grid, stand_in):
+    run(grid)
+    Path("g.yaml").write_text(yaml.safe_dump({**GRID, "evaluate": {"answers": "validation"}}))
+    assert not any(is_done(load_grid("g.yaml"), cell) for cell in grid.cells)
+
+
+def test_slurm_gets_one_job_per_run_and_none_twice(grid, monkeypatch):
+    calls = []
+
+    def answer(*command):
+        calls.append(command)
+        return "RUNNING" if command[0] == "squeue" else f"{len(calls)};cluster"
+
+    monkeypatch.setattr(slurm.slurm, "_slurm", answer)
+    console = Console(file=io.StringIO())
+    slurm.submit_all(grid, ["--partition=cpu"], console)
+    assert [call[0] for call in calls] == ["sbatch"] * 6
+    script = (run_folder(grid, grid.cells[0]) / "job.sh").read_text()
+    assert "scripts.ablate.arm" in script and "--partition=cpu" in script and f"PYTHONPATH={ROOT}" in script
+    assert Job.read(run_folder(grid, grid.cells[0])).slurm_job == "1"
+    slurm.submit_all(grid, ["--partition=cpu"], console)
+    assert [call[0] for call in calls[6:]] == ["squeue"] * 6
+
+
+def start_command(place):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "scripts.ablate", "g.yaml", "--jobs", "2"]
+    return subprocess.Popen(
+        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_and_goes_on_ends_with_the_same_table(grid, tmp_path):
+    whole = start_command(tmp_path)
+    shown, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0, shown
+    expected = (grid.folder / "results.csv").read_bytes()
+    rows = {row["run_id"]: row for row in result_rows(grid)}
+    for seed in (0, 1):
+        none, placebo, triple = (rows[f"{arm}-s{seed}"] for arm in ("none", "placebo", "triple"))
+        assert none["weights_sha256"] == placebo["weights_sha256"] != triple["weights_sha256"]
+        assert none["val_loss"] == placebo["val_loss"] and none["manifest_sha256"] == triple["manifest_sha256"]
+    assert (grid.folder / "report.html").stat().st_size > 1e6
+    summary = json.loads((grid.folder / "summary.json").read_text())
+    assert [c["verdict"] for c in summary["comparisons"] if c["arm"] == "placebo"] == ["identical, bit for bit"]
+
+    grid.folder.rename(tmp_path / "first")
+    killed = start_command(tmp_path)
+    until = time.monotonic() + 100
+    while not list(grid.folder.glob("runs/*/checkpoints/step-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    again = start_command(tmp_path)
+    shown, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, shown
+    assert (grid.folder / "results.csv").read_bytes() == expected
+    write_results(grid)
+    assert (grid.folder / "results.csv").read_bytes() == expected
