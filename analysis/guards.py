@@ -37,8 +37,9 @@ class Guard:
     boundary: int | str | None
 
 
-def guards(model: Measured, reference: Measured | None = None) -> list[Guard]:
-    """reference: the same stack without what is judged (another run, or the untrained twin), on the same documents."""
+def guards(model: Measured, *references: Measured) -> list[Guard]:
+    """references: the same stack without what is judged (the untrained twin, another run), on the same documents; the
+    one that the model looks worst beside counts."""
     gap = model.get("curvature_centred").value - model.get("curvature").value
     normed = model.get("curvature", "rms").value - model.get("curvature").value
     degrees = f"> {HIDDEN_DEGREES:g}\u00b0"
@@ -98,9 +99,11 @@ def guards(model: Measured, reference: Measured | None = None) -> list[Guard]:
             f"> {DROPPED:.0%}",
         ),
     ]
-    if reference is not None:
-        found[3:3] = [_rank(model, reference, "effective_rank", "states")]
-        found[4:4] = [_rank(model, reference, "effective_rank_steps", "steps")]
+    if references:
+        found[3:3] = [
+            min((_rank(model, other, metric, what) for other in references), key=_badness)
+            for metric, what in (("effective_rank", "states"), ("effective_rank_steps", "steps"))
+        ]
     return [*found, _rounding(model)]
 
 
@@ -118,6 +121,10 @@ def _behind_the_embedding(model: Measured, values: FloatArray) -> FloatArray:
     """Without boundary 0, where the same word twice is no step by construction; all values where there is no other."""
     later = np.array([boundary != 0 for boundary in model.boundaries])
     return np.where(later, values, np.nan) if later.any() else values
+
+
+def _badness(guard: Guard) -> float:
+    return np.inf if np.isnan(guard.value) else guard.value
 
 
 def _rank(model: Measured, reference: Measured, metric: str, what: str) -> Guard:

@@ -50,7 +50,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
             name: vars(straightening(measured.get("curvature").value[: inspection.depth + 1].tolist()))
             for name, measured in inspection.sources().items()
         },
-        "guards": [vars(guard) for guard in guards(inspection.model, reference(inspection))],
+        "guards": [vars(guard) for guard in guards(inspection.model, *references(inspection))],
         "sources": {name: _curves(measured) for name, measured in inspection.sources().items()},
         "random_rows": {"boundaries": inspection.random.boundaries, **_curves(inspection.random)},
         "families": {name: _families(measured, subject) for name, measured in inspection.sources().items()},
@@ -72,12 +72,10 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
     return strict(content)
 
 
-def reference(inspection: Inspection) -> Measured | None:
-    """What guards compare with: the first other run of the same stack, else the untrained twin."""
-    for comparison in inspection.comparisons:
-        if comparison.about.letters == inspection.subject.letters:
-            return comparison.measured
-    return inspection.controls.get("untrained")
+def references(inspection: Inspection) -> list[Measured]:
+    """What guards compare with: the untrained twin, and other runs of the same stack."""
+    same = [other for other in inspection.comparisons if other.about.letters == inspection.subject.letters]
+    return [inspection.controls["untrained"], *(other.measured for other in same)]
 
 
 def rows(inspection: Inspection) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from analysis.accumulate import Curve
 from analysis.guards import Guard, guards
 from analysis.inspection import Inspection
 from analysis.report.figure import boundary_label, escape, family_colour, family_name
-from analysis.tables import reference
+from analysis.tables import references
 
 
 def subtitle(inspection: Inspection) -> str:
@@ -119,12 +119,9 @@ def _stp(inspection: Inspection) -> list[str]:
 
 def guard_table(inspection: Inspection) -> str:
     """HTML table of the guards."""
-    against = "the untrained twin"
-    for comparison in inspection.comparisons:
-        if comparison.about.letters == inspection.subject.letters:
-            against = escape(comparison.about.name)
-            break
-    body = "".join(_guard_row(guard) for guard in guards(inspection.model, reference(inspection)))
+    same = [c.about.name for c in inspection.comparisons if c.about.letters == inspection.subject.letters]
+    against = " and ".join(["the untrained twin", *map(escape, same)])
+    body = "".join(_guard_row(guard) for guard in guards(inspection.model, *references(inspection)))
     return (
         '<table class="guards"><thead><tr><th></th><th>cheat</th><th>what is read</th><th>value</th><th>limit</th>'
         f"<th>at</th></tr></thead><tbody>{body}</tbody></table><p class='muted'>Worst boundary of each. Ranks are "
@@ -146,7 +143,7 @@ def cards(inspection: Inspection) -> list[tuple[str, str, str]]:
     curve, twin = inspection.model.get("curvature"), inspection.controls["untrained"].get("curvature")
     gap = (curve - twin).at([depth])
     rank = inspection.model.get("effective_rank").value[depth]
-    states = [guard.state for guard in guards(inspection.model, reference(inspection))]
+    states = [guard.state for guard in guards(inspection.model, *references(inspection))]
     look = states.count("look")
     return [
         ("curvature after the last block", f"{curve.value[depth]:.1f}°", f"embedding {curve.value[0]:.1f}°"),

@@ -14,7 +14,7 @@ from rich.table import Table
 from analysis.accumulate import Curve
 from analysis.guards import guards
 from analysis.inspection import Inspection
-from analysis.tables import reference
+from analysis.tables import references
 from scripts.inspect_curvature.job import Stage
 from scripts.inspect_curvature.passes import Advance
 
@@ -119,7 +119,7 @@ def _guards(inspection: Inspection) -> Table:
     table = _table("Guards: straight for the wrong reason?")
     for column in ("", "cheat", "what is read, worst boundary", "value", "limit", "at"):
         table.add_column(column, no_wrap=column in ("", "at"))
-    for guard in guards(inspection.model, reference(inspection)):
+    for guard in guards(inspection.model, *references(inspection)):
         style = {"ok": "green", "look": "bold red", "none": "dim"}[guard.state]
         where = "" if guard.boundary is None else str(guard.boundary)
         table.add_row(guard.state, guard.name, guard.reads, guard.shown, guard.limit, where, style=style)

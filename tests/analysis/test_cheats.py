@@ -16,8 +16,8 @@ def make(build, seed=0):
     return list(build(torch.Generator().manual_seed(seed)))
 
 
-def look(model, reference=None):
-    return {(guard.name, guard.reads.split()[0]) for guard in guards(model, reference) if guard.state == "look"}
+def look(model, *references):
+    return {(guard.name, guard.reads.split()[0]) for guard in guards(model, *references) if guard.state == "look"}
 
 
 def honest():
@@ -90,6 +90,7 @@ def test_collapse_is_caught_by_the_rank():
     model, reference = measure([make(collapse)]), measure([honest()])
     assert float(model.get("curvature").value[0]) < float(reference.get("curvature").value[0]) - 15
     assert {("collapse", "effective")} <= look(model, reference)
+    assert {("collapse", "effective")} <= look(model, model, reference)  # the worst of several references counts
     assert float(model.get("effective_rank").value[0]) < 3.1  # float32 sums leave the rest
     assert float(reference.get("effective_rank").value[0]) > 0.9 * D
 
