@@ -74,26 +74,29 @@ def comparison_row(comparison: Comparison, direction: str) -> dict[str, Any]:
 
 
 def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences for the top of the page: of the primary metric alone."""
+    """Sentences for the top of the page: what was shown by the primary metric, and what could not have been."""
     primary, direction = next(iter(outcomes.metrics.items()))
+    mine = [c for c in comparisons if c.metric == primary]
     found = []
-    for comparison in comparisons:
-        if comparison.metric != primary or comparison.kind == "contrast":
-            continue
-        if (
-            comparison.kind == "point"
-            and len(outcomes.points) > 1
-            and comparison.verdict(direction) == "no difference shown"
-        ):
-            continue
-        result = comparison.result
-        interval = (
-            f" (95% {signed(result.low)} .. {signed(result.high)}, {result.n} pairs)" if is_number(result.low) else ""
-        )
+    for comparison in mine:
+        verdict = comparison.verdict(direction)
+        if verdict in ("better", "worse"):
+            result = comparison.result
+            interval = f"95% {signed(result.low)} .. {signed(result.high)}, {result.n} pairs"
+            found.append(
+                f"{comparison.arm}, {comparison.where}: {primary} {signed(result.mean)} ({interval}): {verdict}."
+            )
+    open_ones = [c for c in mine if c.verdict(direction) == "no difference shown"]
+    if open_ones:
+        sizes = [c.result.detectable for c in open_ones]
         found.append(
-            f"{comparison.arm}, {comparison.where}: {primary} {signed(result.mean)}{interval}: "
-            f"{comparison.verdict(direction)}."
+            f"No difference in {primary} was shown in {len(open_ones)} of {len(mine)} comparisons; true differences "
+            f"below {short(min(sizes))} to {short(max(sizes))} would mostly have been missed."
         )
+    if single := sum(c.result.n < 2 and not c.identical for c in mine):
+        found.append(f"{single} comparisons have one pair only, of which nothing can be said.")
+    for arm in dict.fromkeys(c.arm for c in mine if c.identical):
+        found.append(f"{arm} ended with the weights of {outcomes.baseline}, bit for bit, in every pair.")
     return found or ["No pair is finished."]
 
 
@@ -107,7 +110,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def signed(value: float) -> str:
-    return "" if not is_number(value) else f"{value:+.3g}" if value else "0"
+    return "" if not is_number(value) else f"{value:+.3g}" if abs(value) > 1e-12 else "0"
 
 
 def short(value: float) -> str:

@@ -142,7 +142,7 @@ def to_csv(rows: list[Row]) -> str:
 
 
 def _cell_text(value: Any) -> Any:
-    return f"{value:.8g}" if isinstance(value, float) else value
+    return repr(value) if isinstance(value, float) else value
 
 
 def differences(grid: Grid) -> list[Row]:

@@ -81,7 +81,10 @@ def test_text_says_what_can_be_said():
     text = markdown(result, compare(result))
     assert "40 of 60 planned runs" in text and "cannot be below 0.0625" in text
     assert "identical, bit for bit" in text and "difference of differences" in text
-    assert any(line.startswith("good, train_fraction 0.25: exact +0.2") for line in findings(result, compare(result)))
+    lines = findings(result, compare(result))
+    assert any(line.startswith("good, train_fraction 0.25: exact +0.2") for line in lines)
+    assert any("placebo ended with the weights of none" in line for line in lines)
+    assert sum("No difference in exact was shown in" in line for line in lines) == 1
 
 
 def test_the_page_holds_everything_and_escapes_what_people_wrote():
