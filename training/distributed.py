@@ -96,7 +96,10 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.timeout_seconds)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun keeps its store over restarts, with the addresses of the processes that are gone
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         else:  # one process without torchrun is a world of one
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         world = cls(config, device, dist.get_rank(), size, make_mesh(config, device.type, size))
