@@ -47,8 +47,10 @@ def load_outcomes(grid: Grid, folder: Path) -> Outcomes:
 
 
 def report(grid: Grid, folder: Path, console: Console) -> None:
-    """Writes comparisons.csv, summary.json, tables.md, paired.svg and report.html into the folder.
+    """Writes comparisons.csv, summary.json, tables.md and paired-*.svg into the folder, and the page.
 
+    The page is report.html in the grid's own folder; that of another folder (small files to be committed) is there too,
+    under that folder's name.
     A Markdown file beside the folder with its name (docs/results/x.md for docs/results/x) that has a results part gets
     that part anew. Raises InputError, OSError.
     """
@@ -60,13 +62,16 @@ def report(grid: Grid, folder: Path, console: Console) -> None:
         "comparisons.csv": to_csv([c.as_row(grid.metrics[c.metric]) for c in comparisons]),
         "summary.json": json.dumps(summary(outcomes, comparisons), indent=1, allow_nan=False) + "\n",
         "tables.md": text,
-        "report.html": page(outcomes, comparisons, command),
     }
     if comparisons:
         for metric in grid.metrics:
             written[f"paired-{metric.replace('/', '-')}.svg"] = paired_svg(outcomes, comparisons, metric)
     for name, content in written.items():
         replace_atomically(folder / name, content.encode())
+    own = folder.resolve() == grid.folder.resolve()
+    grid.folder.mkdir(parents=True, exist_ok=True)
+    page_path = grid.folder / ("report.html" if own else f"report-{folder.resolve().name}.html")
+    replace_atomically(page_path, page(outcomes, comparisons, command).encode())
     document = folder.with_suffix(".md")
     if document.is_file():
         old = document.read_text()
@@ -81,7 +86,7 @@ def report(grid: Grid, folder: Path, console: Console) -> None:
         ]
         if rows:
             console.print(table(f"{metric} ({direction} is better)", rows))
-    console.print(f"page: {folder / 'report.html'}", markup=False)
+    console.print(f"page: {page_path}", markup=False)
 
 
 def with_results(document: str, text: str) -> str:
