@@ -9,7 +9,12 @@ from training.optimizer import OptimizerConfig
 
 HOT = 4 * OptimizerConfig().learning_rate
 # 200 steps of 4 rows of 48 tokens; warm up as long runs do, STP open from the start
-LONG = ("train.tokens=37_000", "stp.gate.start_tokens=0", "checkpoint.every_steps=1000", "validation.every_fraction=1.0")
+LONG = (
+    "train.tokens=37_000",
+    "stp.gate.start_tokens=0",
+    "checkpoint.every_steps=1000",
+    "validation.every_fraction=1.0",
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
