@@ -95,6 +95,16 @@ def test_a_stop_ends_what_runs_starts_nothing_more_and_can_go_on(grid, stand_in,
     assert run(grid)[0].done == 6
 
 
+def test_on_a_terminal_there_is_a_live_table(grid, stand_in, monkeypatch):
+    monkeypatch.setenv("SLEEP", "0.3")
+    monkeypatch.setenv("FAIL", "triple")
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=160)
+    runner.run_local(grid, 2, 1, console)
+    shown = text.getvalue()
+    assert "of 6 done" in shown and "placebo-s0" in shown and "left" in shown and "this arm is broken" in shown
+
+
 def test_a_run_that_a_killed_runner_left_behind_is_waited_for(grid, stand_in, monkeypatch):
     calls = []
     real = runner.live_owner
