@@ -130,7 +130,8 @@ def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> O
                 if free is None:
                     break
                 waiting.remove(free)
-                active.append(start(grid, free, threads))
+                if not is_done(grid, free):
+                    active.append(start(grid, free, threads))
             time.sleep(POLL_SECONDS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
