@@ -136,7 +136,7 @@ def stop(arguments: argparse.Namespace) -> int:
         slurm.stop(job.slurm_job, arguments.now)
     else:
         raise InputError(f"{folder}: {found.owner} is running it; stop it there")
-    found = _wait_until_over(folder, arguments.wait)
+    found = _wait_until_over(folder, job, arguments.wait)
     if found.is_alive:
         print(f"{folder}: still {found.state} after {arguments.wait} s; --now ends it without a save")
         return 1
@@ -198,9 +198,11 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _wait_until_over(folder: Path, seconds: float) -> RunStatus:
+def _wait_until_over(folder: Path, job: Job | None, seconds: float) -> RunStatus:
     end = time.monotonic() + seconds
-    while state_of(folder)[0] in ALIVE and time.monotonic() < end:
+    while (state := state_of(folder)[0]) in ALIVE and time.monotonic() < end:
+        if state == "queued" and job is not None and job.slurm_job:
+            slurm.stop(job.slurm_job, now=False)  # its time limit came first, and it has queued itself again
         time.sleep(0.2)
     return describe(folder)
 

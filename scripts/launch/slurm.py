@@ -58,8 +58,8 @@ export PYTHONUNBUFFERED=1
 echo "--- $now job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restarts: ${{SLURM_RESTART_COUNT:-0}}"
 srun --kill-on-bad-exit=1 {command}
 code=$?
-# Preempted by the time limit: the checkpoint is on the disk, the same job continues it. All else is an end.
-if grep -q '"status": "preempted"' {receipt}; then
+# Exit code 4 and preempted: the checkpoint is on the disk, the same job continues it. All else is an end.
+if [ "$code" -eq 4 ] && grep -q '"status": "preempted"' {receipt}; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60
 fi

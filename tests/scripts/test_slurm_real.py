@@ -1,0 +1,71 @@
+"""A run under a real Slurm: warned before its limit, saved, requeued, continued, stopped, collected."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_daemons
+from tiny_run import ROOT, TINY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(slurm_daemons.missing() is not None, reason=f"Slurm: {slurm_daemons.missing()}"),
+]
+
+
+def until(ready, what, seconds=100):
+    end = time.monotonic() + seconds
+    while not (found := ready()):
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.5)
+    return found
+
+
+def test_preempted_requeued_continued_stopped_and_collected(tmp_path):
+    words = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        text = "\n".join(f"def f{words.randrange(9)}(x): return x * {words.randrange(99)}" for _ in range(8))
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run = tmp_path / "runs" / "cluster"
+    with slurm_daemons.slurm() as environment:
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+        def call(*command):
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done
+            return done.stdout
+
+        def launch(*arguments):
+            return call(sys.executable, "-m", "scripts.launch", *arguments)
+
+        def receipt():
+            return json.loads((run / "receipt.json").read_text()) if (run / "receipt.json").exists() else {}
+
+        # a limit of two minutes, warned of 100 s earlier: some 20 s of training
+        plan = ["train.tokens=4000000", "checkpoint.every_steps=1000", "train.log_every=50"]
+        limits = ["--time=2", "--sbatch=--signal=USR1@100"]
+        launch("start", "tiny.yaml", "run_id=cluster", *plan, "--backend", "slurm", *limits)
+        until(lambda: receipt().get("status") == "preempted", "the warning")
+        first = receipt()
+        assert f"step-{first['step']:08d}" in [path.name for path in (run / "checkpoints").iterdir()]
+        waiting = until(lambda: "PENDING" in call("squeue", "-h", "-o", "%T"), "the requeue")
+        assert waiting and json.loads(launch("status", "cluster", "--json"))["state"] == "queued"
+        job = json.loads((run / "launch.json").read_text())["slurm_job"]
+        call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes otherwise
+        until(lambda: receipt().get("status") == "running" and len(receipt()["starts"]) == 2, "the second start")
+        assert receipt()["starts"][1]["after"] == "preempted" and receipt()["starts"][1]["step"] == first["step"]
+        launch("stop", "cluster")
+        last = receipt()
+        assert last["status"] in ("stopped", "preempted") and last["step"] >= first["step"]
+        assert call("squeue", "-h").strip() == ""
+        assert "everything that was checked matches" in launch("collect", "cluster")
+        log = launch("logs", "cluster")
+        assert "SIGUSR1: saving" in log and f"continued from step {first['step']}" in log
+        steps = [json.loads(line)["step"] for line in Path(run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
