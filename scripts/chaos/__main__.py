@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that train at once, one thread each")
     parser.add_argument("--kills", type=int, help="instead of the size's number")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="only these groups")
+    parser.add_argument("--signals", type=int, help="instead of the size's number")
+    parser.add_argument("--pieces", type=Path, metavar="FILE", help="add to the counts of earlier calls, kept in FILE")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
     size.kills = size.kills if arguments.kills is None else arguments.kills
+    size.signals = size.signals if arguments.signals is None else arguments.signals
     tally, started = Tally(), time.monotonic()
     chosen = arguments.only or list(GROUPS)
     with tempfile.TemporaryDirectory(prefix="amer-chaos-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
@@ -78,9 +81,14 @@ def main() -> int:
         interruptions.close()
         for zygote in zygotes:
             zygote.__exit__()
+    tally.seconds = time.monotonic() - started
+    if arguments.pieces is not None:
+        if arguments.pieces.is_file():
+            tally.merge(json.loads(arguments.pieces.read_text()))
+        arguments.pieces.write_text(json.dumps(asdict(tally)))
     if arguments.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(report(tally, arguments.size, arguments.seed, time.monotonic() - started))
+        RESULTS.write_text(report(tally, arguments.size, arguments.seed))
     for failure in tally.failures:
         print(f"FAILED {failure}")
     for words in tally.skipped:
@@ -151,13 +159,13 @@ GROUPS: dict[str, Callable[..., None]] = {
 }
 
 
-def report(tally: Tally, size: str, seed: int, seconds: float) -> str:
+def report(tally: Tally, size: str, seed: int) -> str:
     """The page under docs/results."""
     commit = str(git_state(ROOT)["commit"])[:12]
     lines = [
         "# Chaos: what runs survive",
         "",
-        f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`), {seconds / 60:.1f}",
+        f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`), {tally.seconds / 60:.1f}",
         f"minutes, commit {commit}, {cpu_name()}, {cores()} cores, Python {platform.python_version()}.",
         "",
         "Every continued run is compared with the undisturbed one bit by bit: weights, optimizer, selection biases,",

@@ -63,6 +63,7 @@ class Tally:
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def add(self, kind: str, group: str, ok: bool, words: str = "") -> None:
         """kind: continued, damage or input."""
@@ -83,7 +84,14 @@ class Tally:
         for kind, (ok, total) in other["counts"].items():
             self.counts[kind][0] += ok
             self.counts[kind][1] += total
-        self.groups |= other["groups"]
+        for group, found in other["groups"].items():
+            mine = self.groups.setdefault(group, {})
+            for kind, value in found.items():
+                if kind == "notes":
+                    self.note(group, **value)
+                else:
+                    mine[kind] = [a + b for a, b in zip(mine.get(kind, [0, 0]), value)]
+        self.seconds += other["seconds"]
         self.failures += other["failures"]
         self.skipped += other["skipped"]
 
