@@ -165,8 +165,8 @@ def report(tally: Tally, size: str, seed: int) -> str:
     lines = [
         "# Chaos: what runs survive",
         "",
-        f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`), {tally.seconds / 60:.1f}",
-        f"minutes, commit {commit}, {cpu_name()}, {cores()} cores, Python {platform.python_version()}.",
+        f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`),",
+        f"{tally.seconds / 60:.1f} minutes, commit {commit}, {cpu_name()}, {cores()} cores, Python {platform.python_version()}.",
         "",
         "Every continued run is compared with the undisturbed one bit by bit: weights, optimizer, selection biases,",
         "counters, the window of outliers, every metrics record but the timings, the intervals in which STP was live.",
