@@ -60,3 +60,26 @@ def test_earlier_handlers_come_back():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested and stop.name == "SIGUSR1"
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_below_a_launcher_the_copy_of_a_signal_is_one_wish(monkeypatch):
+    now = [0.0]
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopSignals(clock=lambda: now[0]) as stop:
+        for moment in (0.0, 0.2, 1.9):  # from the terminal, from torchrun, from srun
+            now[0] = moment
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM" and left == []
+        os.kill(os.getpid(), signal.SIGINT)  # another one is another wish
+        assert left == [1]
+        now[0] = 2.1
+        os.kill(os.getpid(), signal.SIGTERM)  # and so is a late one
+        assert left == [1, 1]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    with StopSignals(clock=lambda: 0.0):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a person who means it
+        assert left == [1, 1, 1]
