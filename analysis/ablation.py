@@ -14,6 +14,9 @@ from errors import InputError, nearest
 
 Row = dict[str, Any]
 ALPHA = 0.05
+# Below this many pairs there is no verdict: two or three differences that are alike by chance (shares of 1,000 answers
+# take few values) pass a t test.
+MIN_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Comparison:
     def verdict(self, direction: str) -> str:
         if self.identical:
             return "identical, bit for bit"
-        if self.result.n < 2:
-            return "one pair: nothing can be said"
+        if self.result.n < MIN_PAIRS:
+            return f"no verdict: {self.result.n} of {MIN_PAIRS} pairs"
         if not self.p_holm < ALPHA:
             return "no difference shown"
         return "better" if (self.result.mean > 0) == (direction == "higher") else "worse"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.ablation import Comparison, Outcomes, is_number, number
+from analysis.ablation import MIN_PAIRS, Comparison, Outcomes, is_number, number
 from analysis.statistics import smallest_sign_flip_p
 
 KINDS = {
@@ -21,17 +21,24 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
     planned = f" of {outcomes.planned} planned" if outcomes.planned else ""
     seeds = ", ".join(map(str, outcomes.seeds))
     parts = [f"{len(outcomes.rows)}{planned} runs are finished; seeds {seeds}; baseline `{outcomes.baseline}`."]
+    parts.append("\n".join(f"- {sentence}" for sentence in findings(outcomes, comparisons)))
     parts.append("What differs between the arms:\n\n" + table(outcomes.settings))
     for metric, direction in outcomes.metrics.items():
         mine = [comparison for comparison in comparisons if comparison.metric == metric]
         parts.append(
-            f"### `{metric}` ({direction} is better)\n\nMean over seeds, and their standard deviation:\n\n"
+            f"### `{metric}` ({direction} is better)\n\nMean over the seeds that every arm has there, and their standard deviation:\n\n"
             + means_table(outcomes, metric)
         )
         for kind, title in KINDS.items():
             rows = [comparison_row(c, direction) for c in mine if c.kind == kind]
             if rows:
                 parts.append(f"{title}:\n\n" + table(rows))
+    if guards := guards_table(outcomes):
+        parts.append(
+            "### Curvature and collapse\n\nStates after the final norm on a few held-out rows, means over points and "
+            "seeds that all these arms share (degrees: 90 random walk, 120 no coherence; effective rank: of 128 tokens):"
+            f"\n\n{guards}"
+        )
     n = max((c.result.n for c in comparisons), default=0)
     smallest = f"{smallest_sign_flip_p(n):.3g}"
     smallest = f"{smallest_sign_flip_p(n):.3g}"
@@ -39,21 +46,47 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
         f"95% intervals and p values are Student's (paired); Holm corrects them over all comparisons of one table. The "
         f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: "
         f"the true difference that this number of seeds would find with 80% probability at 5%, without the correction. "
+        f"A verdict needs {MIN_PAIRS} pairs and p (Holm) below 0.05; no difference shown does not mean no difference. "
         f"Seeds are the only thing that varies: nothing here speaks of other data, sizes or schedules."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def means_table(outcomes: Outcomes, metric: str) -> str:
+    """Of seeds that all arms share at a point: means over different seeds would differ by the seeds."""
+    found = {(arm, point): outcomes.values(metric, arm, point) for arm in outcomes.arms for point in outcomes.points}
     rows = []
     for arm in outcomes.arms:
         row: dict[str, Any] = {"arm": f"`{arm}`"}
         for point in outcomes.points:
-            values = list(outcomes.values(metric, arm, point).values())
+            present = [set(found[other, point]) for other in outcomes.arms if found[other, point]]
+            values = [value for seed, value in found[arm, point].items() if all(seed in seeds for seeds in present)]
             spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
             row[outcomes.label(point)] = f"{short(statistics.mean(values))}{spread} (n={len(values)})" if values else ""
         rows.append(row)
     return table(rows)
+
+
+def guards_table(outcomes: Outcomes) -> str:
+    """Curvature and collapse of the final states, means over the (point, seed) that all arms but partial ones share."""
+    columns = {name: f"curvature/{name}/final" for name in ("degrees", "step_norm", "state_norm", "effective_rank")}
+    keys: dict[str, dict[Any, dict[str, Any]]] = {}
+    for row in outcomes.rows:
+        point = tuple(row[name] for name in outcomes.axes)
+        if all(is_number(row.get(column)) for column in columns.values()):
+            keys.setdefault(row["arm"], {})[point, row["seed"]] = row
+    full = {arm: rows for arm, rows in keys.items() if len({point for point, _ in rows}) == len(outcomes.points)}
+    if not full:
+        return ""
+    shared = [key for key in next(iter(full.values())) if all(key in rows for rows in full.values())]
+    lines = []
+    for arm in outcomes.arms:
+        if arm in full and shared:
+            means = {n: statistics.mean(full[arm][key][c] for key in shared) for n, c in columns.items()}
+            lines.append(
+                {"arm": f"`{arm}`", "runs": len(shared), **{name: short(mean) for name, mean in means.items()}}
+            )
+    return table(lines) if lines else ""
 
 
 def comparison_row(comparison: Comparison, direction: str) -> dict[str, Any]:
@@ -93,8 +126,13 @@ def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]
             f"No difference in {primary} was shown in {len(open_ones)} of {len(mine)} comparisons; true differences "
             f"below {short(min(sizes))} to {short(max(sizes))} would mostly have been missed."
         )
-    if single := sum(c.result.n < 2 and not c.identical for c in mine):
-        found.append(f"{single} comparisons have one pair only, of which nothing can be said.")
+    few = [c for c in mine if c.verdict(direction).startswith("no verdict")]
+    if few:
+        sizes = [abs(c.result.mean) for c in few]
+        found.append(
+            f"{len(few)} of {len(mine)} comparisons have fewer than {MIN_PAIRS} pairs, too few for a verdict; their "
+            f"differences in {primary} are between {short(min(sizes))} and {short(max(sizes))} in size."
+        )
     for arm in dict.fromkeys(c.arm for c in mine if c.identical):
         found.append(f"{arm} ended with the weights of {outcomes.baseline}, bit for bit, in every pair.")
     return found or ["No pair is finished."]

@@ -65,18 +65,20 @@ def summarise(values: Sequence[float] | FloatArray, seed: int = 0) -> PairedResu
         raise ValueError(f"paired differences: expected at least one finite number, got {values!r}")
     n, mean = len(d), float(d.mean())
     sd = float(d.std(ddof=1)) if n > 1 else NAN
+    detectable = NAN if _without_spread(d) else minimum_detectable_effect(sd, n)
     low, high = student_interval(d)
     bootstrap_low, bootstrap_high = bootstrap_interval(d, seed=seed)
     wins = float((d > 0).mean() + (d == 0).mean() / 2)
     return PairedResult(
         n, mean, sd, wins, low, high, bootstrap_low, bootstrap_high, t_test(d), sign_flip_test(d, seed), sign_test(d),
-        minimum_detectable_effect(sd, n),
+        detectable,
     )  # fmt: skip
 
 
 def student_interval(d: FloatArray, confidence: float = 0.95) -> tuple[float, float]:
-    """Of the mean. NaN below two values."""
-    if len(d) < 2:
+    """Of the mean. NaN below two values, or where they do not differ: of a spread that is 0 by chance of few digits
+    (shares of 1,000 answers) it would be a point."""
+    if len(d) < 2 or _without_spread(d):
         return NAN, NAN
     half = float(stats.t.ppf((1 + confidence) / 2, len(d) - 1)) * float(d.std(ddof=1)) / math.sqrt(len(d))
     return float(d.mean()) - half, float(d.mean()) + half
@@ -100,12 +102,17 @@ def bootstrap_interval(d: FloatArray, confidence: float = 0.95, seed: int = 0) -
 
 
 def t_test(d: FloatArray) -> float:
-    """Two-sided p of a paired t test: NaN below two values; 1 where all are 0, 0 where all are one other number."""
-    if len(d) < 2:
+    """Two-sided p of a paired t test: NaN below two values, or where all are one number other than 0; 1 for zeros."""
+    if len(d) < 2 or _without_spread(d):
         return NAN
-    if np.ptp(d) == 0:
-        return 1.0 if d[0] == 0 else 0.0
+    if not d.any():
+        return 1.0
     return float(stats.ttest_1samp(d, 0.0).pvalue)
+
+
+def _without_spread(d: FloatArray) -> bool:
+    """All values one number other than 0 (but for rounding): a t test would call that certain."""
+    return bool(d.any()) and float(np.ptp(d)) <= 1e-9 * float(np.abs(d).max())
 
 
 def sign_flip_test(d: FloatArray, seed: int = 0) -> float:

@@ -71,6 +71,9 @@ def test_edges():
     same = s.summarise([0.0, 0.0, 0.0])
     assert (same.p_t, same.p_flip, same.p_sign, same.wins, same.detectable) == (1.0, 1.0, 1.0, 0.5, 0.0)
     assert (same.low, same.high) == (0.0, 0.0)
+    # two shares of 1,001 answers that happen to be equal prove nothing
+    chance = s.summarise([0.5105 - 0.5215, 0.6105 - 0.6215])
+    assert all(map(math.isnan, (chance.low, chance.p_t, chance.detectable))) and chance.p_flip == 0.5
     for bad in ([], [math.nan], [[1.0]]):
         with pytest.raises(ValueError, match="paired differences"):
             s.summarise(bad)
