@@ -26,8 +26,8 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
     for metric, direction in outcomes.metrics.items():
         mine = [comparison for comparison in comparisons if comparison.metric == metric]
         parts.append(
-            f"### `{metric}` ({direction} is better)\n\nMean over the seeds that every arm has there, and their standard "
-            f"deviation:\n\n" + means_table(outcomes, metric)
+            f"### `{metric}` ({direction} is better)\n\nMean over the seeds that every arm has there, and their "
+            f"standard deviation:\n\n" + means_table(outcomes, metric)
         )
         for kind, title in KINDS.items():
             rows = [comparison_row(c, direction) for c in mine if c.kind == kind]
@@ -36,7 +36,8 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
     if guards := guards_table(outcomes):
         parts.append(
             "### Curvature and collapse\n\nStates after the final norm on a few held-out rows, means over points "
-            "and seeds that all these arms share (degrees: 90 random walk, 120 no coherence; effective rank: of 128 tokens):"
+            "and seeds that all these arms share (degrees: 90 random walk, 120 no coherence; effective rank: of 128 "
+            "tokens):"
             f"\n\n{guards}"
         )
     n = max((c.result.n for c in comparisons), default=0)
