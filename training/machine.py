@@ -47,8 +47,8 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"device: cuda, but torch sees no GPU (CUDA of this torch: {built}); use auto or cpu")
     if not available or name == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun: one GPU for each process of a node
-    return torch.device("cuda", torch.cuda.current_device())
+    local_rank = os.environ.get("LOCAL_RANK")  # torchrun: one GPU for each process of a node
+    return torch.device("cuda") if local_rank is None else torch.device("cuda", int(local_rank))
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
