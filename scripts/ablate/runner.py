@@ -201,7 +201,9 @@ def _tell(
 ) -> None:
     run_id = job.cell.run_id
     what = (
-        f"FAILED, {failed[run_id]}" if run_id in failed else read_receipt(run_folder(grid, job.cell)).get("status", "?")
+        f"FAILED, {failed[run_id]}"
+        if run_id in failed
+        else read_receipt(run_folder(grid, job.cell)).get("status", "stopped before it began")
     )
     left = f", about {clock(eta)} left" if eta else ""
     line = f"{number}/{total} {run_id}: {what} after {time.monotonic() - job.started:.0f} s{left}"
