@@ -94,11 +94,13 @@ def relative_errors(found, expected):
 
     The inputs have unit scale, so a gradient far below 1 is a sum of terms of that size that cancel, and is as exact
     as they are: the norm has a floor of 1 per element (root mean square). dt_bias is the sum over all tokens of
-    zxbcdt's last columns: its floor is the norm of those very terms.
+    zxbcdt's last columns: its floor is the norm of those very terms; A_log is a sum of terms like them (both go
+    through the decay dt A).
     """
     scale = {n: max(float(b.norm()), b.numel() ** 0.5) for n, b in zip(("y", *PARTS), expected, strict=True)}
     terms = expected[1 + PARTS.index("zxbcdt")][..., -expected[1 + PARTS.index("dt_bias")].shape[0] :]
-    scale["dt_bias"] = max(scale["dt_bias"], float(terms.norm()))
+    for name in ("dt_bias", "A_log"):
+        scale[name] = max(scale[name], float(terms.norm()))
     return {n: float((a.double() - b).norm()) / scale[n] for n, a, b in zip(scale, found, expected, strict=True)}
 
 
