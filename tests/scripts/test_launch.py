@@ -1,0 +1,177 @@
+"""Detached runs, by the commands that people type: start, leave, look, stop, continue, collect."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import ROOT, make_place
+
+from errors import InputError
+from scripts.launch import __main__ as command
+from scripts.launch import slurm
+from scripts.launch.collect import verify_run
+from scripts.launch.job import Job
+from scripts.launch.status import describe
+from training.receipt import read_receipt
+
+LONG = ["train.tokens=4000000", "checkpoint.every_steps=20", "train.log_every=5"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
+
+
+def launch(*arguments, code=0):
+    """In this process; what it starts is a process of its own all the same."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["scripts.launch", *arguments])
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        try:
+            ended = command.main()
+        except InputError as error:
+            ended = 2
+            said.write(f"{error}\n")
+    assert ended == code, said.getvalue()
+    return said.getvalue()
+
+
+def as_typed(*arguments, **environment):
+    typed = [sys.executable, "-m", "scripts.launch", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(typed, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def until(ready, seconds=60):
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_outlives_its_caller_and_is_stopped_continued_killed_and_collected(place):
+    started = as_typed("start", "tiny.yaml", "run_id=away", *LONG)  # its starter is gone now
+    assert started.returncode == 0 and started.stdout.startswith("away  (process "), started
+    folder = place / "runs" / "away"
+    job = Job.read(folder)
+    pid = job.process["pid"]
+    try:
+        assert os.getsid(pid) == pid != os.getsid(0)  # no terminal can hang it up
+        assert launch("start", "tiny.yaml", "run_id=away", code=2).count("\n") == 1
+        until(lambda: read_receipt(folder).get("checkpoints") or [])
+        status = describe(folder)
+        assert status.state == "running" and status.last_checkpoint_step >= 20 and f"process {pid}" in status.owner
+        assert status.total_tokens == 4_000_000 and status.seconds_left > 0 and status.tokens_per_second > 0
+        assert "is running" in launch("resume", "away", code=2)
+        shown = launch("stop", "away")
+        assert "stopped at step" in shown
+    finally:
+        with_luck_gone(pid)
+    receipt = read_receipt(folder)
+    assert receipt["status"] == "stopped" and receipt["checkpoints"][-1]["step"] == receipt["step"]
+    assert "saving and stopping" in (folder / "output.log").read_text()
+
+    launch("resume", "away")
+    pid = Job.read(folder).process["pid"]
+    until(lambda: read_receipt(folder)["step"] > receipt["step"] or len(read_receipt(folder)["starts"]) == 2)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: describe(folder).state == "killed")
+    killed = read_receipt(folder)
+    assert killed["status"] == "killed" and "found dead" in killed["reason"]
+    assert "everything that was checked matches" in launch("collect", "away")
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
+    shown = launch("collect", "away", code=1)
+    assert "config.yaml" in shown and "DIFFERS" in shown and "1 of" in shown
+
+
+def with_luck_gone(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_start_that_fails_says_so_and_its_status_too(place):
+    assert "stp.weight" in launch("start", "tiny.yaml", "stp.wieght=1", code=2)
+    assert not (place / "runs").exists()
+    launch("start", "tiny.yaml", "run_id=bad", "data.path=nothing/*.txt")
+    folder = place / "runs" / "bad"
+    until(lambda: describe(folder).state == "failed")
+    assert "nothing" in describe(folder).reason
+    assert "did you mean 'bad'" in launch("status", "bda", code=2)
+
+
+def write_run(folder, **receipt):
+    from training.config import RunConfig
+
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(RunConfig().to_yaml())
+    (folder / "receipt.json").write_text(json.dumps({"config_sha256": RunConfig().sha256, **receipt}))
+    return folder
+
+
+def test_states_without_a_process(tmp_path):
+    assert describe(write_run(tmp_path / "a", status="running")).state == "killed"
+    assert read_receipt(tmp_path / "a")["status"] == "killed"
+    assert describe(write_run(tmp_path / "b", status="crashed", reason="Traceback\nValueError: x")).state == "crashed"
+    folder = write_run(tmp_path / "c", status="running", tokens=10, stp={"live_tokens": [[5, 10]]})
+    (folder / "owner.json").write_text(json.dumps({"pid": 3, "host": "node9", "slurm_job": "8"}))
+    status = describe(folder)
+    assert status.state == "running" and status.owner == "process 3 on node9 (Slurm job 8)" and status.stp_live
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.yaml").write_text("")
+    assert describe(tmp_path / "d").state == "new"
+
+
+def test_a_gate_that_is_closed_says_when_it_opens(tmp_path):
+    status = describe(write_run(tmp_path / "a", status="stopped", tokens=10))
+    assert not status.stp_live and "opens at token" in status.stp
+
+
+@pytest.mark.parametrize("key", ["config_sha256", "checkpoints", "metrics_file", "data", "metrics"])
+def test_a_receipt_that_was_edited_does_not_match(place, monkeypatch, key):
+    from tiny_run import start
+
+    start(monkeypatch, "run_id=a", "train.tokens=900")
+    folder = place / "runs" / "a"
+    receipt = read_receipt(folder)
+    assert [check for check in verify_run(folder, receipt) if check.ok is not True] == []
+    edited = {
+        "config_sha256": "0" * 64,
+        "checkpoints": [{**receipt["checkpoints"][-1], "manifest_sha256": "0" * 64}],
+        "metrics_file": {"bytes": 1, "sha256": "0" * 64},
+        "data": {**receipt["data"], "manifest_sha256": "0" * 64},
+        "metrics": {**receipt["metrics"], "val_bits_per_byte": 0.1},
+    }[key]
+    wrong = [check for check in verify_run(folder, receipt | {key: edited}) if check.ok is False]
+    assert len(wrong) == 1
+
+
+def test_batch_scripts_are_valid_and_quote_what_they_are_given(tmp_path):
+    folder = tmp_path / "a folder; rm -rf x" / "run"
+    folder.mkdir(parents=True)
+    for gpus, nodes in ((0, 1), (1, 1), (8, 4)):
+        job = Job(
+            "slurm", gpus, nodes, ["--partition=big"], "24:00:00", ["python", "train.py", "x y.yaml"], str(folder)
+        )
+        script = slurm.render(folder, job)
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+        for line in ("--requeue", "--signal=USR1@", f"--nodes={nodes}", "--partition=big", "--time=24:00:00"):
+            assert f"#SBATCH {line}" in script
+        assert ("MASTER_ADDR" in script) == (gpus * nodes > 1) and "'x y.yaml'" in script
+    with pytest.raises(InputError, match="--sbatch"):
+        slurm.check_options(["--wrap=x\nrm"])
+
+
+def test_options_of_slurm_need_slurm(place):
+    assert "--backend slurm" in launch("start", "tiny.yaml", "--nodes", "2", code=2)
+    done = as_typed("start", "tiny.yaml", "run_id=x", "--backend", "slurm", PATH="/nowhere")
+    assert done.returncode == 2 and "sbatch: not installed" in done.stderr and "Traceback" not in done.stderr
+    assert not (place / "runs" / "x").exists()
