@@ -5,6 +5,7 @@ Everything else is a bug and keeps its traceback (exit code 1).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import math
@@ -89,16 +90,26 @@ def exit_with(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except (InputError, PreflightError, StorageError, Stopped) as error:
         if os.environ.get("RANK", "0") == "0":  # of many ranks one speaks
-            print(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}", file=sys.stderr)
+            _say(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         code = 130
     except OSError as error:
         if error.errno not in STORAGE_ERRNOS:
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         code = StorageError.exit_code
     if "TORCHELASTIC_RUN_ID" in os.environ and code == Stopped.exit_code:
         code = 0  # torchrun takes any other code for a failure and starts the job again; the receipt has the truth
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a log on a full disk: the interpreter would try once more and make the code 120 of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)

@@ -54,4 +54,5 @@ class _Lines:
         amount = f"{done / 1e6:.1f} MB" if done else ""
         if total:
             amount = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
-        print(f"data: {stage}{': ' if amount else ''}{amount}", file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk: what it tells of goes on
+            print(f"data: {stage}{': ' if amount else ''}{amount}", file=self._stream, flush=True)

@@ -51,7 +51,11 @@ class RunFolder:
         except FileExistsError:
             raise InputError(f"{self.path}: another process is starting it") from None
         owner = Ownership(self.path)
-        owner.take()
+        try:
+            owner.take()
+        except OSError:
+            self.remove_if_empty()
+            raise
         try:
             for name in (OWNER, "config.yaml"):
                 for half in self.path.glob(f".{name}.*.tmp"):  # of a process that was killed while writing

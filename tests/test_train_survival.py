@@ -1,0 +1,67 @@
+"""Disks and terminals that refuse: one clear line where the run cannot go on, and nothing at all where it can."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT, losses, make_place, receipt, start
+
+from errors import StorageError
+from training import checkpoint as checkpoint_module
+from training import lifecycle, ownership
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
+
+
+def refuse(number):
+    def write(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return write
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("module", [lifecycle, ownership], ids=["config", "owner"])
+def test_a_disk_that_refuses_the_first_file_is_one_line(place, monkeypatch, module, number):
+    monkeypatch.setattr(module, "replace_atomically", refuse(number))
+    with pytest.raises(StorageError, match=f"run cannot begin: {os.strerror(number)}") as caught:
+        start(monkeypatch, "run_id=a")
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert not Path("runs/a").exists()
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_names_the_newest_that_is_there(place, monkeypatch):
+    honest, steps = checkpoint_module.write_tensors, []
+
+    def write(folder, tensors, *rest):
+        steps.append(1)
+        if len(steps) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return honest(folder, tensors, *rest)
+
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
+    with pytest.raises(StorageError, match=r"No space left.*the newest is step-00000008: make room"):
+        start(monkeypatch, "run_id=a")
+    assert receipt("a")["status"] == "crashed" and "Traceback" not in receipt("a")["reason"]
+    monkeypatch.setattr(checkpoint_module, "write_tensors", honest)
+    start(monkeypatch, "run_id=a")
+    assert receipt("a")["status"] == "finished"
+
+
+def test_a_terminal_that_is_gone_changes_nothing(place):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "train.py"), "tiny.yaml", "run_id=mute", "train.tokens=900"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - every write to it says that the disk is full
+        done = subprocess.run(line, env=environment, stdout=full, stderr=full, timeout=100)
+    assert done.returncode == 0
+    assert json.loads(Path("runs/mute/receipt.json").read_text())["status"] == "finished" and losses("mute")
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run([*line, "stp.wieght=1"], env=environment, stdout=full, stderr=full, timeout=100)
+    assert done.returncode == 2
