@@ -72,6 +72,7 @@ def test_a_wire_cut_on_one_rank_refuses_all(place):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("begun", ["one", "fsdp2", "fsdp4", "ddp2"])
 def test_resharding(place, begun):
     """Begun in one world, finished in each of the others: all end where one process ends."""
@@ -106,6 +107,7 @@ def children(pid):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_the_loss_of_a_process(place, restarts):
     """The whole job is down within 60 seconds; under --max-restarts it goes on from the last checkpoint."""

@@ -54,12 +54,14 @@ def test_every_kind(tmp_path, dtype, ranks, kind, recompute):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_blocks_keep_their_hidden_states_when_sharded(tmp_path):
     one = found(tmp_path, 0, "none", "none", "float32", 3)
     assert_same(one, found(tmp_path, 2, "fsdp", "full", "float32", 3, "blocks"), 1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_teardowns(tmp_path):
     for attempt in range(20):
         out = tmp_path / f"{attempt}.json"
