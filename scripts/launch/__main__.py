@@ -23,7 +23,7 @@ from rich.console import Console
 from errors import InputError, exit_with, nearest
 from scripts.launch import slurm
 from scripts.launch.collect import print_collected, verify_run
-from scripts.launch.job import LOG, Job, local_process, start_local, stop_local
+from scripts.launch.job import LOG, Job, local_processes, start_local, stop_local
 from scripts.launch.status import ALIVE, RunStatus, describe, print_list, print_status, state_of
 from training.config import load_config
 from training.durable import replace_atomically
@@ -129,9 +129,9 @@ def stop(arguments: argparse.Namespace) -> int:
     if not found.is_alive:
         print(f"{folder}: is not running ({found.state})")
         return 0
-    process = local_process(folder, job)
-    if process is not None:
-        stop_local(process, arguments.now)
+    processes = local_processes(folder, job)
+    if processes:
+        stop_local(processes, arguments.now)
     elif job is not None and job.slurm_job:
         slurm.stop(job.slurm_job, arguments.now)
     else:

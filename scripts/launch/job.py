@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from errors import InputError
 from training.durable import replace_atomically
@@ -77,22 +80,28 @@ def start_local(folder: Path, job: Job) -> None:
     job.write(folder)
 
 
-def local_process(folder: Path, job: Job | None) -> dict[str, Any] | None:
-    """The living process of this machine that runs a folder: the launched one, or one of train.py typed by hand."""
-    candidates = [job.process if job else {}, read_owner(folder)]
-    return next((process for process in candidates if process and is_alive(process)), None)
+def local_processes(folder: Path, job: Job | None) -> list[dict[str, Any]]:
+    """The living processes of this machine behind a run: the one that owns it, then the launched one (torchrun)."""
+    candidates = [read_owner(folder), job.process if job else {}]
+    return [process for process in candidates if process and is_alive(process)]
 
 
-def stop_local(process: dict[str, Any], now: bool) -> None:
-    """Asks for a clean save, or (now) ends the whole session at once. Raises InputError if it is not ours to end."""
+def stop_local(processes: list[dict[str, Any]], now: bool) -> None:
+    """Asks the owner for a clean save (other ranks follow it), or (now) kills all with everything that they started.
+
+    Raises InputError if they are not ours to end.
+    """
     try:
         if not now:
-            os.kill(process["pid"], signal.SIGTERM)
-        elif os.getpgid(process["pid"]) == process["pid"]:
-            os.killpg(process["pid"], signal.SIGKILL)
-        else:
-            os.kill(process["pid"], signal.SIGKILL)
+            os.kill(processes[0]["pid"], signal.SIGTERM)
+            return
+        for process in reversed(processes):  # torchrun first, as it would start its workers again
+            with contextlib.suppress(psutil.NoSuchProcess):
+                root = psutil.Process(process["pid"])
+                for one in [root, *root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
     except ProcessLookupError:
         pass
-    except PermissionError:
-        raise InputError(f"process {process['pid']}: belongs to another user") from None
+    except (PermissionError, psutil.AccessDenied):
+        raise InputError(f"process {processes[0]['pid']}: belongs to another user") from None

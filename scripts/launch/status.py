@@ -14,7 +14,7 @@ from rich.table import Table
 from errors import InputError
 from losses.gate import TokenGate
 from scripts.launch import slurm
-from scripts.launch.job import LOG, Job, local_process
+from scripts.launch.job import LOG, Job, local_processes
 from training.config import load_config
 from training.metrics import METRICS
 from training.ownership import Ownership, describe_owner, live_owner, read_owner
@@ -71,8 +71,8 @@ def describe(folder: Path) -> RunStatus:
     reason = receipt.get("reason") if state not in ("new", *ALIVE) else None
     if state == "failed":
         reason = _last_line(folder / LOG)
-    elif state == "killed" and (folder / STACKS).exists():
-        reason = f"{reason}; it may have hung: see {STACKS}"
+    elif state == "killed" and _has_text(folder / STACKS):
+        reason = f"{reason}; it hung: see {STACKS}"
     return RunStatus(
         run_id=folder.name,
         state=state,
@@ -102,7 +102,7 @@ def state_of(folder: Path) -> tuple[str, dict[str, Any] | None]:
     receipt = read_receipt(folder).get("status")
     if owner is not None:
         return ("running" if receipt == "running" else "starting"), owner
-    if job is not None and local_process(folder, job) is not None:
+    if job is not None and local_processes(folder, job):
         return "starting", job.process
     if job is not None and job.slurm_job:
         word = _slurm_state(job.slurm_job)
@@ -175,13 +175,19 @@ def _stp(folder: Path, receipt: dict[str, Any]) -> tuple[str, bool]:
     return f"not live yet, the gate opens at token {gate.opens_at_token:,}", False
 
 
+def _has_text(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _last_line(path: Path) -> str | None:
+    """What a run said last: its error if there is one."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return None
     said = [line.strip() for line in lines if line.strip() and not line.startswith("---")]
-    return said[-1] if said else "it left no word"
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    return errors[-1] if errors else said[-1] if said else "it left no word"  # torchrun adds a page of its own
 
 
 def print_status(status: RunStatus, console: Console) -> None:

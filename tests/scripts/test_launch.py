@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tiny_run import ROOT, make_place
 
@@ -175,3 +176,21 @@ def test_options_of_slurm_need_slurm(place):
     done = as_typed("start", "tiny.yaml", "run_id=x", "--backend", "slurm", PATH="/nowhere")
     assert done.returncode == 2 and "sbatch: not installed" in done.stderr and "Traceback" not in done.stderr
     assert not (place / "runs" / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_as_one_and_leaves_none_behind(place):
+    folder = place / "runs" / "pair"
+    plan = [*LONG, "parallel.data=ddp", "train.accumulation=1"]
+    launch("start", "tiny.yaml", "run_id=pair", "--gpus", "2", *plan)
+    until(lambda: read_receipt(folder).get("checkpoints"))
+    assert "stopped at step" in launch("stop", "pair")
+    assert "Traceback" not in (folder / "output.log").read_text()  # torchrun saw a clean end
+    launch("resume", "pair")
+    until(lambda: len(read_receipt(folder).get("starts", [])) == 2)
+    workers = [
+        process for process in psutil.process_iter(["cmdline"]) if "run_id=pair" in (process.info["cmdline"] or [])
+    ]
+    assert len(workers) >= 3
+    assert "killed at step" in launch("stop", "pair", "--now")
+    assert not [process for process in workers if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
