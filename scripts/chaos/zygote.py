@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from typing import Any
 from scripts.chaos.place import Place, environment
 
 WARM = "warm"
+# No run here takes a tenth of it, on any machine.
+HUNG_SECONDS = 300.0
 
 
 class Zygote:
@@ -34,7 +37,7 @@ class Zygote:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(place.folder / f"zygote-{number}.err").open("w"),
-            text=True,
+            bufsize=0,  # an answer that waits in a buffer would be invisible to select
         )
         self.seconds = float(self._answer()["seconds"])
         self.pid: int | None = None
@@ -49,7 +52,10 @@ class Zygote:
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        """The child's exit code (negative: the signal that ended it) and all that it said."""
+        """The child's exit code (negative: the signal that ended it; SIGABRT: it hung) and all that it said."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], HUNG_SECONDS)[0] and self.pid is not None:
+            os.kill(self.pid, signal.SIGABRT)
         code = int(self._answer()["code"])
         self.pid = None
         return code, self.log.read_text(errors="replace")
@@ -77,8 +83,7 @@ class Zygote:
 
     def _ask(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -117,9 +122,13 @@ def _child(request: dict[str, Any]) -> None:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        from numba.np.ufunc import parallel
+
         import train
         from errors import exit_with
 
+        # numba shares this lock with its forks: a killed one would keep it from all that come later
+        parallel._backend_init_process_lock = None
         if request["clock"] == "jumping":
             from scripts.chaos.clock import let_clocks_jump
 
