@@ -22,7 +22,7 @@ from model.context import SequenceContext
 from model.hybrid import HybridLM
 from training import summary
 from training.config import RunConfig, load_config
-from training.distributed import World, keep_gathered, repeatable
+from training.distributed import World
 from training.evidence import gradient_evidence
 from training.hardware import Machine
 from training.health import StepGuard
@@ -30,8 +30,10 @@ from training.lifecycle import Run
 from training.measured import Measured, over_ranks
 from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from training.preflight import Preflight
+from training.recompute import repeatable
 from training.run import RunFolder, choose_run
 from training.schedule import learning_rate_factor
+from training.sharding import keep_gathered
 from training.signals import StopSignals
 
 
@@ -117,6 +119,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                             measured.evidence = gradient_evidence(objective, output, loss)
                     loss.total.backward()  # total = lm + stp_weight * stp
                     measured.add(loss)
+                    del output, loss  # else the states at every boundary stay while the next forward makes new ones
 
                 over_ranks(measured, world, signals)
                 grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)

@@ -11,7 +11,7 @@ from analysis.ablation import Comparison, Outcomes, is_number, number
 from analysis.ablation_figures import ARM_COLOURS, cost_figure, curve_figure, family_figure, paired_figure
 from analysis.ablation_text import comparison_row, findings
 from analysis.report.figure import Figure, escape
-from analysis.report.page import COLOURS, _figure, _plain, _script_json
+from analysis.report.page import COLOURS, figure_html, plain, script_json
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -75,7 +75,7 @@ def page(outcomes: Outcomes, comparisons: Sequence[Comparison], command: str) ->
     for title, key, text, candidates in sections:
         present = [figure for figure in candidates if figure is not None]
         if text or present:
-            grid = f'<div class="grid">{"".join(map(_figure, present))}</div>' if present else ""
+            grid = f'<div class="grid">{"".join(map(figure_html, present))}</div>' if present else ""
             body += f'<section id="{key}"><h2>{escape(title)}</h2>{text}{grid}</section>\n'
             nav += f'<a href="#{key}">{escape(title)}</a>'
             figures += present
@@ -88,7 +88,7 @@ def page(outcomes: Outcomes, comparisons: Sequence[Comparison], command: str) ->
         "NAV": nav,
         "BODY": body,
         "COMMAND": escape(command),
-        "DATA": _script_json({"figures": [_plain(figure) for figure in figures], "colours": colours}),
+        "DATA": script_json({"figures": [plain(figure) for figure in figures], "colours": colours}),
         "CODE": folder.joinpath("page.js").read_text(),
         "PLOTLY": plotly.offline.get_plotlyjs(),
     }

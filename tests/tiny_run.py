@@ -38,15 +38,19 @@ threads: 1
 """
 
 
+def write_corpus(folder, seed=0, longest=11):
+    """40 texts of 1 to `longest` lines of code, in `folder`/texts."""
+    words = random.Random(seed)
+    (folder / "texts").mkdir()
+    for number in range(40):
+        n_lines = words.randrange(1, longest + 1)
+        lines = [f"def f{words.randrange(9)}(x): return x * {words.randrange(99)}" for _ in range(n_lines)]
+        (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
+
+
 def make_place(tmp_path, monkeypatch):
     """A folder with a small corpus and a config, as the working directory."""
-    words = random.Random(0)
-    (tmp_path / "texts").mkdir()
-    for number in range(40):
-        lines = (
-            f"def f{words.randrange(9)}(x): return x * {words.randrange(99)}" for _ in range(words.randrange(1, 12))
-        )
-        (tmp_path / "texts" / f"{number}.txt").write_text("\n".join(lines))
+    write_corpus(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path

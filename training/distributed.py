@@ -16,26 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
 from training.compile import compile_blocks
+from training.recompute import RECOMPUTE, recompute
+from training.sharding import shard
 
 T = TypeVar("T")
 SHARED_ERRORS = {kind.__name__: kind for kind in (InputError, PreflightError, StorageError)}
 KINDS = ("none", "ddp", "fsdp", "hsdp")
-RECOMPUTE = ("none", "selective", "full")
-# What `selective` keeps: the results of matmuls and of our fused kernels. Norms, gates and casts are computed again.
-KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "aten._scaled_dot_product")
 
 
 @dataclass
@@ -66,11 +62,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def process_rank() -> int:
-    """This process's number among them, before any group is formed."""
-    return int(os.environ.get("RANK", "0"))
-
-
 class World:
     """The processes of a run: who this one is, what it works on, and what all of them have to agree on."""
 
@@ -91,8 +82,7 @@ class World:
             yield cls(config, device, 0, 1, None)
             return
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # resolve_device chose it: one GPU for each process of a node
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.timeout_seconds)
         if "RANK" in os.environ:
@@ -213,114 +203,6 @@ def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh
         near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - shards))
         raise InputError(f"parallel.shard_ranks: {size} ranks do not split into groups of {shards}; nearest is {near}")
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-
-
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks.
-
-    Weights are gathered in their own dtype and forward inputs are not cast: autocast does what it does in one process,
-    and the residual stream stays float32 at every boundary.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-
-    def placement(parameter: nn.Parameter) -> Shard:
-        """The first dimension that all ranks get an equal part of (16 experts do not go round 64 ranks), else 0."""
-        shards = mesh.size(mesh.ndim - 1)
-        return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % shards == 0), 0))
-
-    marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
-    blocks: Any = model.blocks
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
-        register_fsdp_forward_method(module, "step")
-    for name, parameter in model.named_parameters():  # new objects: what was noted on the old ones moves over
-        vars(parameter).update(marks[name])
-
-
-class Recompute:
-    """A block's forward that keeps only its input (full), or also what `KEPT` and our kernels return (selective), and
-    computes the rest again in the backward pass."""
-
-    def __init__(self, forward: Callable[..., Tensor], kind: str) -> None:
-        self.forward, self.kind = forward, kind
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        contexts: dict[str, Any] = {}
-        if self.kind == "selective":
-            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        # no block draws random numbers, so there is no random state to put back
-        return checkpoint(self.forward, *arguments, use_reentrant=False, preserve_rng_state=False, **contexts)
-
-
-def recompute(block: nn.Module, kind: str) -> None:
-    """In place, from outside."""
-    if kind != "none":
-        block.forward = Recompute(block.forward, kind)
-
-
-@contextmanager
-def repeatable(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Inside, forward passes give graphs that can be gone through several times: torch's selective recomputation lets
-    go of what it kept after the first, so everything is computed again instead. The numbers are the same."""
-    blocks: Any = model.blocks
-    found = [block.forward for block in blocks if isinstance(block.forward, Recompute)]
-    selective = [forward for forward in found if forward.kind == "selective"] if wanted else []
-    for forward in selective:
-        forward.kind = "full"
-    try:
-        yield
-    finally:
-        for forward in selective:
-            forward.kind = "selective"
-
-
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = str(operation)
-    kept = name.startswith((*KEPT, "amer."))
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextmanager
-def unsharded(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's own weights are whole, so that its parts can be called directly and its graph gone through
-    once more; afterwards they are cut again. Nothing happens to a module that is not sharded."""
-    is_sharded = hasattr(module, "unshard")
-    if is_sharded:
-        module.unshard()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        reshard(module)
-
-
-def reshard(module: nn.Module) -> None:
-    """Cuts the module's own weights again, where a forward pass has gathered them."""
-    if hasattr(module, "reshard"):
-        module.reshard()  # type: ignore[operator]
-
-
-@contextmanager
-def keep_gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, backward passes leave the root's weights gathered (the head works outside of its forward), so that the
-    backward pass of the step can follow. For passes that give no gradient to weights."""
-    root: Any = model
-    is_sharded = hasattr(model, "unshard")
-    if is_sharded:
-        root.set_reshard_after_backward(False, recurse=False)
-    try:
-        yield
-    finally:
-        if is_sharded:
-            root.set_reshard_after_backward(True, recurse=False)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a whole one on every rank; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def teardown(together: bool = True) -> None:

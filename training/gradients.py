@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.distributed import full, unsharded
+from training.sharding import full, unsharded
 
 
 def by_backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import statistics
@@ -20,6 +21,7 @@ from errors import InputError, require, require_choice
 
 GEMM_SIZE = 1024
 MIB = 2**20
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: forgets the largest resident size so far
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,25 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_growth(work: Callable[[], object]) -> int:
+    """Bytes by which `work` raises this process's largest resident size above what it holds before. Linux only.
+
+    The high-water mark is reset through /proc, and glibc first gives back what it keeps in reserve, so that memory
+    which is resident already does not hide what `work` takes. Raises OSError where there is no such /proc.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    PEAK_RESET.write_text("5")
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def tune_malloc(mode: str) -> str:

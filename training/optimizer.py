@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import require, require_choice, require_number
-from training.distributed import full
+from training.sharding import full
 
 
 @dataclass

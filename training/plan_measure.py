@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +22,14 @@ from losses.objective import Objective
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
 from training.config import RunConfig, load_config
-from training.distributed import recompute
-from training.machine import configure_threads
+from training.machine import PEAK_RESET, configure_threads, resident_growth
 from training.optimizer import build_optimizer, clip_gradients
-
-PROCESS = Path("/proc/self")
+from training.recompute import recompute
 
 
 def measure(config_path: Path, overrides: list[str], recomputed: str) -> int:
     """Peak bytes of two steps, in a process of its own. Raises InputError where there is no /proc."""
-    require((PROCESS / "clear_refs").exists(), "--measure", "needs Linux: it reads the peak of the resident size")
+    require(PEAK_RESET.exists(), "--measure", "needs Linux: it reads the peak of the resident size")
     # blocks of more than 64 KiB go back to the kernel when freed, so that the resident size is what is alive
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "training.plan_measure", str(config_path), recomputed, *overrides]
@@ -46,11 +45,9 @@ def main(config_path: str, recomputed: str, *overrides: str) -> None:
     small = replace(config.model, pattern="".join(sorted(set(config.model.pattern))), depth=None)
     for _ in range(2):
         _steps(config, small, recomputed, rows=1, length=min(128, config.data.sequence_length))
-    (PROCESS / "clear_refs").write_text("5")
-    before = _status("VmRSS")
     rows = config.train.batch_rows // config.train.accumulation
-    _steps(config, config.model, recomputed, rows, config.data.sequence_length)
-    print(json.dumps({"peak_bytes": _status("VmHWM") - before}))
+    steps = partial(_steps, config, config.model, recomputed, rows, config.data.sequence_length)
+    print(json.dumps({"peak_bytes": resident_growth(steps)}))
 
 
 def _steps(config: RunConfig, model_config: ModelConfig, recomputed: str, rows: int, length: int) -> None:
@@ -73,17 +70,10 @@ def _steps(config: RunConfig, model_config: ModelConfig, recomputed: str, rows: 
                 labels = tokens[:, 1:].contiguous()
                 loss = objective(output, model.head.weight, labels, triples, stp_weight=weight)
             loss.total.backward()
+            del output, loss
         clip_gradients(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _status(name: str) -> int:
-    """A size of /proc/self/status in bytes."""
-    for line in (PROCESS / "status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ class Memory:
     optimizer: int
     gathered: int  # whole blocks that FSDP2 has collected for their passes
     states: int  # the residual stream at every boundary, which STP reads, as far as this pass has come
-    stale: int  # those of the pass before: the training loop holds them until this forward is complete
     activations: int  # what blocks and head keep for their backward passes
     working: int  # what the operation at work needs on top
     moment: str
@@ -42,7 +41,7 @@ class Memory:
     @property
     def total(self) -> int:
         kept = self.weights + self.gradients + self.optimizer + self.gathered
-        return kept + self.states + self.stale + self.activations + self.working
+        return kept + self.states + self.activations + self.working
 
 
 @dataclass(frozen=True)
@@ -109,18 +108,17 @@ def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool) -> Seq
         activations: int,
         working: int,
         states: int = whole,
-        stale: int = 0,
         gathered: int = gathered,
     ) -> None:
-        sizes = (weights, gradients, optimizer, gathered, states, stale, activations, working)
+        sizes = (weights, gradients, optimizer, gathered, states, activations, working)
         found.append(Memory(*sizes, name))
 
     if gathers:  # every rank builds the whole model and then cuts it
-        found.append(Memory(F32 * stack.parameters, 0, 0, 0, 0, 0, 0, 0, "start"))
+        found.append(Memory(F32 * stack.parameters, 0, 0, 0, 0, 0, 0, "start"))
     first = weights if accumulates else 0  # gradients that are there when a pass begins
     for index, block in enumerate(blocks):
         begun = (index + 1) * state
-        moment(f"forward of block {index + 1}", first, sum(kept_open[:index]), block.forward_peak, begun, whole)
+        moment(f"forward of block {index + 1}", first, sum(kept_open[:index]), block.forward_peak, begun)
     head = stack.head
     moment("forward of the head", first, sum(kept_open), head.forward_peak - state)
     moment("backward of the head", first, sum(kept), head.backward_peak - state)
@@ -132,5 +130,5 @@ def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool) -> Seq
         moment(f"backward of block {index + 1}", gradients, sum(kept[: index + 1]), working)
         done += block.parameters
     moment("backward of the embedding", weights, 0, state + F32 * stack.embedding * (gathers or accumulates))
-    moment("update", weights, 0, 0, gathered=0)
+    moment("update", weights, 0, 0, states=0, gathered=0)
     return found

@@ -28,8 +28,8 @@ from blocks.block import Block
 from losses.lm import lm_loss_sum
 from model.context import SequenceContext
 from model.hybrid import MIXERS, ModelConfig
-from training.distributed import recompute
 from training.plan_kernels import SCRATCH, cuda_branches
+from training.recompute import recompute
 
 KERNELS = ("cpu", "cuda")
 

@@ -22,9 +22,11 @@ from errors import PreflightError
 from losses.objective import Objective
 from losses.triples import Triples
 from model.context import SequenceContext
-from training.distributed import World, repeatable, reshard
+from training.distributed import World
 from training.draws import check_draws
 from training.probes import probe_forward
+from training.recompute import repeatable
+from training.sharding import reshard
 from training.total import ForcedTotals, check_total
 from training.wiring import (
     GRADIENT_CHECKS,
@@ -112,9 +114,8 @@ class Preflight:
         report = PreflightReport()
         with _NoTrace(self.model), repeatable(self.model):
             self._gradients(batch, triples, report)
-            if not self.world.any(
-                report.checks.get("collector") is not None
-            ):  # else the probes would look at the wrong tensors
+            wrong_tensors = report.checks.get("collector") is not None
+            if not self.world.any(wrong_tensors):
                 self._probes(report)
         self._agree(report)
         report.seconds = time.perf_counter() - started
@@ -136,14 +137,9 @@ class Preflight:
             return
         norms = [boundary.grad_norm for boundary in report.boundaries]
         ranks = self.world.gather({"failed": report.failed(), "norms": norms})
-        report.checks["ranks_agree"] = next(
-            (
-                f"rank {number}: {_difference(seen, ranks[0])}"
-                for number, seen in enumerate(ranks)
-                if _difference(seen, ranks[0])
-            ),
-            None,
-        )
+        differences = [_difference(seen, ranks[0]) for seen in ranks]
+        found = (f"rank {rank}: {difference}" for rank, difference in enumerate(differences) if difference)
+        report.checks["ranks_agree"] = next(found, None)
 
     def _probes(self, report: PreflightReport) -> None:
         self.model.eval()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from model.context import SequenceContext
-from training.distributed import World, unsharded
+from training.distributed import World
 from training.gradients import by_backward
+from training.sharding import unsharded
 
 LINK_TOLERANCE = 1e-3
 SMALLEST_RATIO = 1e-4  # of the largest boundary gradient; a single parameter must only be non-zero

@@ -100,7 +100,7 @@ def page(inspection: Inspection) -> str:
         "SECTIONS": "".join(_section(title, key, part) for title, key, part in present),
         "DEFINITIONS": _definitions(),
         "COMMAND": escape(inspection.command),
-        "DATA": _script_json({"figures": [_plain(figure) for figure in figures], "colours": COLOURS}),
+        "DATA": script_json({"figures": [plain(figure) for figure in figures], "colours": COLOURS}),
         "CODE": folder.joinpath("page.js").read_text(),
         "PLOTLY": plotly.offline.get_plotlyjs(),
     }
@@ -113,11 +113,11 @@ def page(inspection: Inspection) -> str:
 def _section(title: str, key: str, figures: list[Figure]) -> str:
     if sum(figure.width == "half" for figure in figures) % 2:  # nothing stands beside the last one
         figures = [*figures[:-1], replace(figures[-1], width="full")]
-    grid = "".join(map(_figure, figures))
+    grid = "".join(map(figure_html, figures))
     return f'<section id="{key}"><h2>{escape(title)}</h2><div class="grid">{grid}</div></section>'
 
 
-def _figure(figure: Figure) -> str:
+def figure_html(figure: Figure) -> str:
     choice = f'<div class="choice" data-label="{escape(figure.choice)}"></div>'
     limits = f'<p class="limits"><b>What it cannot show.</b> {escape(figure.limits)}</p>' if figure.limits else ""
     heading = "h4" if figure.width == "third" else "h3"
@@ -138,12 +138,12 @@ def _definitions() -> str:
     )
 
 
-def _plain(figure: Figure) -> dict:
+def plain(figure: Figure) -> dict:
     views = [{"name": view.name, "data": view.traces, "layout": view.layout} for view in figure.views]
     return strict({"key": figure.key, "views": views, "width": figure.width, **figure.extra})
 
 
-def _script_json(content: dict) -> str:
+def script_json(content: dict) -> str:
     """JSON inside a script element: no text of the corpus can close it."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "")
 

@@ -39,7 +39,7 @@ def submit(grid: Grid, cell: Cell, sbatch: list[str]) -> Job:
     job = Job("slurm", sbatch=options, command=command, cwd=str(Path.cwd()))
     script = folder / "job.sh"
     script.write_text(slurm.render(folder, job))
-    answer = slurm._slurm("sbatch", "--parsable", str(script))
+    answer = slurm.slurm_command("sbatch", "--parsable", str(script))
     job.slurm_job = answer.strip().split(";")[0]
     job.write(folder)
     return job

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from training.machine import resident_growth
 
 Step = Callable[[], Any]
 
@@ -104,19 +103,5 @@ def random_input(batch: int, length: int, width: int, seed: int = 0) -> tuple[Te
 
 
 def peak_memory_mb(work: Callable[[], Any]) -> float:
-    """How far `work` raises this process's largest resident size above what it holds before, MB (10^6 bytes).
-
-    Linux: the high-water mark is reset through /proc, and glibc gives back what it keeps in reserve first, so that
-    memory which is already resident does not hide what `work` takes.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_kb("VmRSS")
-    work()
-    return (_status_kb("VmHWM") - before) * 1024 / 1e6
-
-
-def _status_kb(field_name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field_name)).split()[1])
+    """How far `work` raises this process's largest resident size, MB (10^6 bytes)."""
+    return resident_growth(work) / 1e6

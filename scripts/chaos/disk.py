@@ -68,6 +68,12 @@ def one_line(code: int, said: str) -> bool:
     return code == 1 and "Traceback" not in said and last[0].startswith("error: ")
 
 
+def _must_end_alike(place: Place, tally: Tally, run_id: str, code: int, said: str, words: str) -> None:
+    """A run that went on must have ended well, and in the very bits of the undisturbed one."""
+    problem = f"exit code {code}: {said[-400:]}" if code else place.difference(run_id)
+    tally.add("continued", GROUP, problem is None, f"{words}: {problem}")
+
+
 def _full_at_the_start(place: Place, zygote: Zygote, tally: Tally) -> None:
     for kilobytes in (4, 8, 16, 24):
         folder = place.runs / "full"
@@ -77,8 +83,7 @@ def _full_at_the_start(place: Place, zygote: Zygote, tally: Tally) -> None:
         tally.add("input", GROUP, one_line(code, said) and "No space" in said, words)
         _sh("mount", "-o", "remount,size=64m", str(folder))
         code, said = zygote.run("full")
-        problem = f"exit code {code}: {said[-400:]}" if code else place.difference("full")
-        tally.add("continued", GROUP, problem is None, f"{words}; after room was made: {problem}")
+        _must_end_alike(place, tally, "full", code, said, f"{words}; after room was made")
         _sh("umount", str(folder))
 
 
@@ -93,8 +98,7 @@ def _full_while_saving(place: Place, zygote: Zygote, tally: Tally) -> None:
     tally.add("input", GROUP, good, f"full while saving: {failed} failed, kept {kept}, {code} {said[-300:]}")
     _sh("mount", "-o", "remount,size=64m", str(folder))
     code, said = zygote.run("tight")
-    problem = f"exit code {code}: {said[-400:]}" if code else place.difference("tight")
-    tally.add("continued", GROUP, problem is None, f"full while saving, then room: {problem}")
+    _must_end_alike(place, tally, "tight", code, said, "full while saving, then room")
     tally.note(GROUP, saves_that_failed_half_way=failed)
     _sh("umount", str(folder))
 
@@ -114,8 +118,7 @@ def _full_from_the_middle_on(place: Place, zygote: Zygote, tally: Tally) -> None
     alive = not zygote.is_done()
     filler.unlink(missing_ok=True)
     code, said = zygote.wait()
-    problem = f"exit code {code}: {said[-400:]}" if code else place.difference("filling")
-    tally.add("continued", GROUP, problem is None, f"full in the middle (pid {pid}, alive {alive}): {problem}")
+    _must_end_alike(place, tally, "filling", code, said, f"full in the middle (pid {pid}, alive {alive})")
     _sh("umount", str(folder))
 
 
@@ -128,8 +131,7 @@ def _read_only_at_the_start(place: Place, zygote: Zygote, tally: Tally) -> None:
     tally.add("input", GROUP, one_line(code, said), f"read-only at the start: {code} {said[-300:]}")
     _sh("mount", "-o", "remount,rw", str(folder))
     code, said = zygote.run("fixed")
-    problem = f"exit code {code}: {said[-400:]}" if code else place.difference("fixed")
-    tally.add("continued", GROUP, problem is None, f"read-only, then writable: {problem}")
+    _must_end_alike(place, tally, "fixed", code, said, "read-only, then writable")
     _sh("umount", str(folder))
 
 
@@ -147,9 +149,8 @@ def _read_only_while_saving(place: Place, zygote: Zygote, tally: Tally) -> None:
     alive = not zygote.is_done()
     _sh("umount", "--lazy", str(checkpoints))
     code, said = zygote.wait()
-    problem = f"exit code {code}: {said[-400:]}" if code else place.difference("flicker")
     failed = said.count("was not saved")
-    tally.add("continued", GROUP, problem is None, f"read-only while saving (alive {alive}): {problem}")
+    _must_end_alike(place, tally, "flicker", code, said, f"read-only while saving (alive {alive})")
     tally.note(GROUP, saves_refused_by_a_read_only_disk=failed)
     place.clean("flicker")
 

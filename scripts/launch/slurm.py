@@ -74,7 +74,7 @@ def submit(folder: Path, job: Job) -> None:
     job.command = train_command(folder.resolve())
     script = folder / "job.sh"
     script.write_text(render(folder, job))
-    answer = _slurm("sbatch", "--parsable", str(script))
+    answer = slurm_command("sbatch", "--parsable", str(script))
     job.slurm_job = answer.strip().split(";")[0]
     job.process = {}
     job.write(folder)
@@ -83,7 +83,7 @@ def submit(folder: Path, job: Job) -> None:
 def state(job_id: str) -> str | None:
     """Slurm's word for a job that it still has (PENDING, RUNNING, ...), or None."""
     try:
-        word = _slurm("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
+        word = slurm_command("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
     except InputError as error:
         if "Invalid job id" in str(error):
             return None
@@ -94,9 +94,9 @@ def state(job_id: str) -> str | None:
 def stop(job_id: str, now: bool) -> None:
     """Asks the tasks of a running job for a clean save; takes a waiting one out of the queue."""
     if now or state(job_id) == "PENDING":
-        _slurm("scancel", job_id)
+        slurm_command("scancel", job_id)
     else:
-        _slurm("scancel", "--signal=TERM", job_id)
+        slurm_command("scancel", "--signal=TERM", job_id)
 
 
 def check_options(options: list[str]) -> None:
@@ -106,7 +106,7 @@ def check_options(options: list[str]) -> None:
             raise InputError(f"--sbatch: expected one option of sbatch, e.g. --sbatch=--partition=gpu, got {option!r}")
 
 
-def _slurm(*command: str) -> str:
+def slurm_command(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except FileNotFoundError:

@@ -96,7 +96,6 @@ def _memory(plan: Plan, console: Console) -> None:
         "AdamW's two averages, float32": memory.optimizer,
         "blocks gathered for their passes, root": memory.gathered,
         "residual stream at every boundary, float32 (read by STP)": memory.states,
-        "the same of the pass before, until this forward is complete": memory.stale,
         "what blocks and head keep for the backward pass": memory.activations,
         f"at work: {memory.moment}": memory.working,
         f"fragmentation, assumed {assumed.fragmentation:.0%}": memory.total * assumed.fragmentation,

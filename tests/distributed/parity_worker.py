@@ -14,9 +14,10 @@ from blocks.mblock import Mamba2Config
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
-from training.distributed import ParallelConfig, World, full
+from training.distributed import ParallelConfig, World
 from training.machine import configure_threads
 from training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
+from training.sharding import full
 
 VOCAB, ROWS, LENGTH = 97, 8, 64
 

@@ -49,13 +49,14 @@ def assert_close(found, expected, bound):
 
 @pytest.mark.slow
 def test_two_processes_prove_train_and_stop_together(place):
-    stopped = job(place, "fsdp2", "stop:6", "a")
+    # selective recomputation too: the live evidence goes through a graph that can be gone through once only
+    stopped = job(place, "fsdp2", "stop:6", "a", "parallel.recompute=selective")
     assert stopped.returncode == 0, stopped.stderr[-3000:]  # torchrun would take any other code for a failure
     proof = receipt("a")
     assert proof["status"] == "stopped" and proof["step"] == 7  # the wish travels with the next step's sums
     assert proof["preflight"]["ok"] and proof["preflight"]["checks"]["ranks_agree"]
     assert proof["parallel"] == {"data": "fsdp", "ranks": 2}
-    assert job(place, "fsdp2", "none", "a").returncode == 0
+    assert job(place, "fsdp2", "none", "a", "parallel.recompute=selective").returncode == 0
     assert job(place, "fsdp2", "none", "b").returncode == 0
     assert losses("a") == losses("b")  # to the last bit
     whole, parts = last_weights("b"), last_weights("a")
@@ -69,6 +70,12 @@ def test_a_wire_cut_on_one_rank_refuses_all(place):
     assert refused.returncode != 0
     assert receipt("cut")["status"] == "refused" and not (place / "runs/cut/metrics.jsonl").read_text()
     assert "rank 1: failed" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_config_refuses_all(place):
+    refused = job(place, "fsdp2", "other:1", "odd")
+    assert refused.returncode != 0 and "rank 1: has another config than rank 0" in refused.stderr
 
 
 @pytest.mark.slow

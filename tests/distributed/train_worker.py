@@ -1,6 +1,7 @@
 """train.py with a mishap: torchrun ... train_worker.py MISHAP train-arguments...
 
-none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects.
+none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects;
+other:R = rank R was given another config.
 """
 
 import os
@@ -42,4 +43,6 @@ if __name__ == "__main__":
         stop_after(int(argument))
     elif mishap == "cut":
         cut_on(int(argument))
+    elif mishap == "other" and os.environ.get("RANK") == argument:
+        sys.argv.append("seed=5")
     train.exit_with(train.main)

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import training.hardware
 from errors import PreflightError
 from tests.mutants.mutant import Mutant
 from tests.mutants.patching import Patch, Replace
+from tests.tiny_run import write_corpus
 from training.config import load_config
 from training.lifecycle import Run
 
@@ -84,14 +84,7 @@ class Trial:
         self.folder = tempfile.TemporaryDirectory()
         self.before = Path.cwd()
         self.runs = 0
-        words = random.Random(0)
-        texts = Path(self.folder.name) / "texts"
-        texts.mkdir()
-        for number in range(40):
-            lines = [
-                f"def f{words.randrange(9)}(x): return x * {words.randrange(99)}" for _ in range(words.randrange(1, 9))
-            ]
-            (texts / f"{number}.txt").write_text("\n".join(lines))
+        write_corpus(Path(self.folder.name), longest=8)
         os.chdir(self.folder.name)
         Path("tiny.yaml").write_text(CONFIG)
         return self

@@ -6,7 +6,7 @@ from tests.mutants.collector_faults import ALL
 from tests.mutants.mutant import Mutant
 from tests.mutants.patching import Replace, Rewrite
 from training import distributed
-from training.distributed import Recompute
+from training.recompute import Recompute
 
 SHARDED = ("parallel.data=fsdp",)
 POLICY = "MixedPrecisionPolicy(cast_forward_inputs=False)"

@@ -137,7 +137,7 @@ def test_slurm_gets_one_job_per_run_and_none_twice(grid, monkeypatch):
         calls.append(command)
         return "RUNNING" if command[0] == "squeue" else f"{len(calls)};cluster"
 
-    monkeypatch.setattr(slurm.slurm, "_slurm", answer)
+    monkeypatch.setattr(slurm.slurm, "slurm_command", answer)
     console = Console(file=io.StringIO())
     slurm.submit_all(grid, ["--partition=cpu"], console)
     assert [call[0] for call in calls] == ["sbatch"] * 6

@@ -21,8 +21,8 @@ from blocks.kernels.mamba2 import mamba2_inner_reference
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from training.config import load_config
-from training.distributed import recompute
 from training.plan_cost import flops_per_token
+from training.recompute import recompute
 from training.summary import meta_model
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"

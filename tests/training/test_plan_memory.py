@@ -10,10 +10,10 @@ from errors import InputError
 from model.context import SequenceContext
 from model.hybrid import MIXERS
 from training.config import load_config
-from training.distributed import recompute
 from training.plan_measure import measure
 from training.plan_memory import Stack, peak_memory
 from training.plan_trace import Held, trace_block, trace_head
+from training.recompute import recompute
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 ROWS, LENGTH = 2, 256
@@ -103,7 +103,7 @@ def test_the_peak_of_one_process_by_hand():
     assert (stack.root, stack.parameters) == (50, 250)
     assert peak.moment == "backward of block 1"  # the head's and the last block's gradients are there by then
     assert (peak.weights, peak.gradients, peak.optimizer, peak.gathered) == (1000, 4 * 130, 2000, 0)
-    assert (peak.states, peak.stale) == (4 * 10, 0)
+    assert peak.states == 4 * 10
     assert (peak.activations, peak.working) == (50, 500 - 10 - 50)
     assert peak.total == 1000 + 520 + 2000 + 40 + 490
 
@@ -113,10 +113,10 @@ def test_gradients_are_there_all_the_time_when_they_accumulate():
     assert (peak.moment, peak.gradients) == ("backward of block 2", 1000)
 
 
-def test_forward_holds_the_states_of_the_pass_before():
-    block = Held(1, 1000, 1000, 1000, 1500, 1001)
+def test_forward_holds_the_states_so_far_and_none_of_the_pass_before():
+    block = Held(1, 1000, 1000, 1000, 5000, 1001)
     peak = peak_memory(by_hand(blocks=(block, block), state=1000))
-    assert peak.moment == "forward of block 2" and (peak.states, peak.stale) == (2000, 4000)
+    assert (peak.moment, peak.states) == ("forward of block 2", 2000)
 
 
 def test_shards_cut_what_is_kept_and_add_what_is_gathered():
@@ -177,7 +177,7 @@ def test_predicted_peaks_are_the_measured_ones_within_a_tenth(name):
 
 
 def test_measuring_says_where_it_cannot(monkeypatch):
-    monkeypatch.setattr("training.plan_measure.PROCESS", Path("/nowhere"))
+    monkeypatch.setattr("training.plan_measure.PEAK_RESET", Path("/nowhere"))
     with pytest.raises(InputError, match="needs Linux"):
         measure(DEMO, [], "none")
 

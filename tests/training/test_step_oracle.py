@@ -7,13 +7,13 @@ weight, or leaves a micro-batch or a term out, has other gradients.
 """
 
 import itertools
-import random
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import write_corpus
 
 import train
 from losses.stp import compute_stp_loss
@@ -45,13 +45,7 @@ STEPS = 5
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    words = random.Random(1)
-    (tmp_path / "texts").mkdir()
-    for number in range(40):
-        lines = [
-            f"def f{words.randrange(9)}(x): return x * {words.randrange(99)}" for _ in range(words.randrange(1, 9))
-        ]
-        (tmp_path / "texts" / f"{number}.txt").write_text("\n".join(lines))
+    write_corpus(tmp_path, seed=1, longest=8)
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
 

@@ -1,0 +1,76 @@
+"""FSDP2 of a model, from outside, and what has to be said to it where weights are used outside of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks.
+
+    Weights are gathered in their own dtype and forward inputs are not cast: autocast does what it does in one process,
+    and the residual stream stays float32 at every boundary.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        """The first dimension that all ranks get an equal part of (16 experts do not go round 64 ranks), else 0."""
+        shards = mesh.size(mesh.ndim - 1)
+        return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % shards == 0), 0))
+
+    marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
+    blocks: Any = model.blocks
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
+        register_fsdp_forward_method(module, "step")
+    for name, parameter in model.named_parameters():  # new objects: what was noted on the old ones moves over
+        vars(parameter).update(marks[name])
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's own weights are whole, so that its parts can be called directly and its graph gone through
+    once more; afterwards they are cut again. Nothing happens to a module that is not sharded."""
+    is_sharded = hasattr(module, "unshard")
+    if is_sharded:
+        module.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        reshard(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Cuts the module's own weights again, where a forward pass has gathered them."""
+    if hasattr(module, "reshard"):
+        module.reshard()  # type: ignore[operator]
+
+
+@contextmanager
+def keep_gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, backward passes leave the root's weights gathered (the head works outside of its forward), so that the
+    backward pass of the step can follow. For passes that give no gradient to weights."""
+    root: Any = model
+    is_sharded = hasattr(model, "unshard")
+    if is_sharded:
+        root.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if is_sharded:
+            root.set_reshard_after_backward(True, recurse=False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole one on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
