@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from analysis.cadence import cheap_metrics
 from data.loader import Prefetcher
 from data.prepare import prepare
 from data.progress import show_progress
@@ -117,6 +118,9 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                     if probing:
                         with keep_gathered(model):
                             measured.evidence = gradient_evidence(objective, output, loss)
+                    if number == 0 and (state.step + 1) % config.train.curvature_every == 0:
+                        ids = batch.document_ids[rows]
+                        measured.curvature = cheap_metrics(output.hidden_states, output.final, ids, model.letters)
                     loss.total.backward()  # total = lm + stp_weight * stp
                     measured.add(loss)
                     del output, loss  # else the states at every boundary stay while the next forward makes new ones

@@ -29,7 +29,7 @@ stp:
   n_spans: 4
   boundaries: [all, final]
   gate: {start_tokens: 700, ramp_tokens: 1500}
-train: {tokens: 2200, batch_rows: 4, accumulation: 2, log_every: 2, probe_every: 3}
+train: {tokens: 2200, batch_rows: 4, accumulation: 2, log_every: 2, probe_every: 3, curvature_every: 4}
 optimizer: {learning_rate: 3.0e-3}
 validation: {rows: 8, sample_tokens: 8, every_fraction: 0.5}
 checkpoint: {every_steps: 4}

@@ -36,5 +36,6 @@ def closing(folder: RunFolder, state: State, metrics: dict[str, Any], stp_enable
         *stp,
         f"run folder: {path}",
         f"next: python -m scripts.plot_run {path}   (draw its curves)",
+        f"      python -m scripts.inspect_curvature {path}   (where its trajectories bend: a report)",
         f"      {again}   (train on from these weights)",
     ]

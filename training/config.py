@@ -40,12 +40,15 @@ class TrainConfig:
     # Steps between two progress and metrics lines, and between two expensive measurements (gradient ratios).
     log_every: int = 10
     probe_every: int = 100
+    # Steps between two measurements of curvature, rank and norms per block family, on the first rows of a step.
+    curvature_every: int = 50
     # A step whose loss or gradient is not finite is skipped and counted; more than this in a row stops the run.
     max_skipped_steps: int = 5
 
     def validate(self, path: str = "train") -> None:
-        for name in ("tokens", "batch_rows", "accumulation", "log_every", "probe_every", "max_skipped_steps"):
+        for name in ("tokens", "batch_rows", "accumulation", "log_every", "probe_every", "curvature_every"):
             require_number(f"{path}.{name}", getattr(self, name), 1)
+        require_number(f"{path}.max_skipped_steps", self.max_skipped_steps, 1)
         require(
             self.batch_rows % self.accumulation == 0,
             f"{path}.accumulation",

@@ -184,7 +184,7 @@ class Run:
         stp = None if measured.stp is None else float(measured.stp.mean())
         status = Status(state.step, state.tokens, measured.lm, stp, stp_weight, learning_rate)
         self.progress.update(status, line=due)
-        if due or measured.evidence or not accepted:
+        if due or measured.evidence or measured.curvature or not accepted:
             counts = {"tokens": state.tokens, "skipped_steps": state.skipped_steps}
             speed = {"tokens_per_second": self.meter.tokens_per_second, "gemm_share": self.meter.recent_gemm_share}
             rates = {"learning_rate": learning_rate, "grad_norm": float(grad_norm), "stp/weight": stp_weight}

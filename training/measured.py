@@ -35,6 +35,7 @@ class Measured:
     masked: Tensor | None = None  # (n_boundaries,) degenerate triples
     triples: int = 0
     evidence: dict[str, float] = field(default_factory=dict)
+    curvature: dict[str, float] = field(default_factory=dict)  # of this rank's first rows
 
     def add(self, loss: ObjectiveOutput) -> None:
         self.total += float(loss.total.detach())
@@ -65,8 +66,9 @@ def over_ranks(measured: Measured, world: World, signals: StopSignals) -> None:
 
 
 def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:
-    """Losses, STP per family and in all, its masked share and live evidence, and the routing of every E block."""
-    metrics: dict[str, Any] = {"loss/total": measured.total, "loss/lm": measured.lm, **measured.evidence}
+    """Losses, STP per family and in all, its masked share and live evidence, curvature, the routing of every E block."""
+    metrics: dict[str, Any] = {"loss/total": measured.total, "loss/lm": measured.lm}
+    metrics |= measured.evidence | measured.curvature
     if measured.stp is not None and measured.masked is not None:
         metrics["stp/raw"] = float(measured.stp.mean())
         metrics |= {f"stp/raw/{family}": value for family, value in objective.family_means(measured.stp).items()}
