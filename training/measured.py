@@ -66,7 +66,7 @@ def over_ranks(measured: Measured, world: World, signals: StopSignals) -> None:
 
 
 def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:
-    """Losses, STP per family and in all, its masked share and live evidence, curvature, the routing of every E block."""
+    """Losses, STP per family and in all, its masked share, live evidence, curvature, routing of every E block."""
     metrics: dict[str, Any] = {"loss/total": measured.total, "loss/lm": measured.lm}
     metrics |= measured.evidence | measured.curvature
     if measured.stp is not None and measured.masked is not None:
