@@ -100,8 +100,10 @@ def exit_with(main: Callable[[], int | None]) -> None:
             raise
         _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         code = StorageError.exit_code
-    if "TORCHELASTIC_RUN_ID" in os.environ and code == Stopped.exit_code:
-        code = 0  # torchrun takes any other code for a failure and starts the job again; the receipt has the truth
+    if code == Stopped.exit_code and ("TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
+        # torchrun takes any other code for a failure and starts the job again, srun for one that it has to end the
+        # other ranks for; the receipt has the truth
+        code = 0
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -20,7 +20,7 @@ from losses.objective import STPConfig
 from model.hybrid import ModelConfig
 from model.pattern import parse_pattern
 from training.checkpoint import CheckpointConfig
-from training.distributed import ParallelConfig, processes
+from training.distributed import ParallelConfig, processes, require_processes
 from training.health import HealthConfig
 from training.metrics import WandbConfig
 from training.optimizer import OptimizerConfig
@@ -129,12 +129,17 @@ class RunConfig:
             "wandb",
         ):
             getattr(self, section).validate(section)
-        ranks, rows, parts = processes(), self.train.batch_rows, self.train.accumulation
-        problem = f"{rows} rows do not split over {ranks} ranks and {parts} micro-batches"
-        require(rows % (ranks * parts) == 0, "train.batch_rows", f"{problem}; expected a multiple of {ranks * parts}")
+        self.require_ranks(processes())
         warnings = list(pattern.warnings)
         warnings += self.stp.validate("stp", pattern.letters, self.train.tokens, self.data.sequence_length)
         return warnings
+
+    def require_ranks(self, ranks: int) -> None:
+        """Raises InputError unless so many processes can share this run."""
+        require_processes(self.parallel, ranks)
+        rows, parts = self.train.batch_rows, self.train.accumulation
+        problem = f"{rows} rows do not split over {ranks} ranks and {parts} micro-batches"
+        require(rows % (ranks * parts) == 0, "train.batch_rows", f"{problem}; expected a multiple of {ranks * parts}")
 
     @property
     def sha256(self) -> str:

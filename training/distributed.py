@@ -58,8 +58,14 @@ class ParallelConfig:
 
 
 def processes() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """How many processes torchrun (or srun, see scripts.launch) started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_processes(config: ParallelConfig, size: int) -> None:
+    """Raises InputError unless `parallel.data` can be done by so many processes."""
+    problem = f"none is for one process, and there are {size}; use ddp, fsdp or hsdp"
+    require(size == 1 or config.data != "none", "parallel.data", problem)
 
 
 class World:
@@ -73,12 +79,11 @@ class World:
     def join(cls, config: ParallelConfig, device: torch.device) -> Iterator[World]:
         """Forms the process group for `parallel.data` (none forms none) and takes it down at the end.
 
-        Raises InputError if torchrun and the config disagree.
+        Raises InputError if the number of processes and the config disagree.
         """
         size = processes()
+        require_processes(config, size)
         if config.data == "none":
-            problem = f"torchrun started {size} processes, but none is for one; use ddp, fsdp or hsdp"
-            require(size == 1, "parallel.data", problem)
             yield cls(config, device, 0, 1, None)
             return
         if device.type == "cuda":

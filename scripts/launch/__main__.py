@@ -1,6 +1,7 @@
 """Starts runs that outlive the terminal, and looks after them: python -m scripts.launch COMMAND.
 
-    start CONFIG [key=value ...] [--gpus N] [--nodes N] [--backend local|slurm] [--time LIMIT] [--sbatch=OPTION]
+    start CONFIG [key=value ...] [--nodes N] [--gpus N | --processes N] [--backend local|slurm] [--time LIMIT]
+          [--sbatch=OPTION]
     list
     status RUN [--json]        logs RUN [-f] [-n LINES]
     stop RUN [--now]           resume RUN [--take-over]
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from errors import InputError, exit_with, nearest
@@ -25,7 +27,7 @@ from scripts.launch import slurm
 from scripts.launch.collect import print_collected, verify_run
 from scripts.launch.job import LOG, Job, local_processes, start_local, stop_local
 from scripts.launch.status import ALIVE, RunStatus, describe, print_list, print_status, state_of
-from training.config import load_config
+from training.config import RunConfig, load_config
 from training.durable import replace_atomically
 from training.ownership import OWNER
 from training.receipt import read_receipt
@@ -47,8 +49,9 @@ def start(arguments: argparse.Namespace) -> int:
     config.run_id = config.run_id or new_run_id(Path(arguments.config).stem)
     for warning in config.validate():
         print(f"note: {warning}")
-    job = Job(arguments.backend, arguments.gpus, arguments.nodes, arguments.sbatch, arguments.time)
-    _check_job(job)
+    job = Job(arguments.backend, sbatch=arguments.sbatch, time_limit=arguments.time)
+    _size(job, arguments)
+    _check_job(job, config)
     folder = RUNS / config.run_id
     try:
         folder.mkdir(parents=True)
@@ -76,8 +79,8 @@ def resume(arguments: argparse.Namespace) -> int:
         raise InputError(f"{folder}: no config.yaml, so this is no run that could be continued")
     job = Job.read(folder) or Job("local")
     job.backend = arguments.backend or job.backend
-    job.gpus = job.gpus if arguments.gpus is None else arguments.gpus
-    _check_job(job)
+    _size(job, arguments)
+    _check_job(job, load_config(folder / "config.yaml"))
     _begin(folder, job)
     return 0
 
@@ -181,11 +184,33 @@ def _begin(folder: Path, job: Job) -> None:
     print(f"  python -m scripts.launch status {folder.name}")
 
 
-def _check_job(job: Job) -> None:
-    if job.gpus < 0 or job.nodes < 1:
-        raise InputError(f"--gpus, --nodes: expected at least 0 and 1, got {job.gpus} and {job.nodes}")
+def _size(job: Job, arguments: argparse.Namespace) -> None:
+    """What was asked for; the rest stays as it was. Raises InputError."""
+    asked = {name: getattr(arguments, name) for name in ("nodes", "gpus", "processes")}
+    asked = {name: number for name, number in asked.items() if number is not None}
+    for name, number in asked.items():
+        if number < 1:
+            raise InputError(f"--{name}: expected at least 1, got {number}")
+    if {"gpus", "processes"} <= asked.keys():
+        raise InputError("--gpus, --processes: both say how many processes a node has; give one of them")
+    if {"gpus", "processes"} & asked.keys():
+        job.gpus = job.processes = 0
+    for name, number in asked.items():
+        setattr(job, name, number)
+
+
+def _check_job(job: Job, config: RunConfig) -> None:
     if job.backend == "local" and (job.nodes > 1 or job.sbatch or job.time_limit):
         raise InputError("--nodes, --time, --sbatch: need --backend slurm")
+    if job.gpus and config.device == "cpu":
+        raise InputError(f"--gpus: device is cpu; --processes {job.gpus} starts as many without a GPU")
+    config.require_ranks(job.ranks)
+    if job.backend == "local" and config.device != "cpu" and job.per_node > 1:
+        seen = torch.cuda.device_count()
+        if 0 < seen < job.per_node:
+            raise InputError(f"--gpus: {job.per_node} processes need a GPU each, torch sees {seen} here; or device=cpu")
+        if job.gpus and seen == 0:
+            print(f"note: torch sees no GPU here: {job.gpus} processes on the CPU")
     slurm.check_options([*job.sbatch, *([f"--time={job.time_limit}"] if job.time_limit else [])])
 
 
@@ -229,8 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
         parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. stp.weight=0.05 run_id=first")
         parser.add_argument("--backend", choices=["local", "slurm"], default="local")
-        parser.add_argument("--gpus", type=int, default=0, help="per node, one process each (default: one process)")
-        parser.add_argument("--nodes", type=int, default=1)
+        _add_size(parser)
         parser.add_argument("--time", help="Slurm: the limit of one job, e.g. 24:00:00; it requeues itself")
         parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
         return parser
@@ -253,9 +277,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--wait", type=float, default=STOP_SECONDS, help="seconds to wait for the end")
         if name == "resume":
             command.add_argument("--backend", choices=["local", "slurm"])
-            command.add_argument("--gpus", type=int)
+            _add_size(command)
             command.add_argument("--take-over", action="store_true", help="the machine that ran it is gone")
     return parser
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, help="machines (default: 1; more need Slurm)")
+    parser.add_argument("--gpus", type=int, help="per node, one process each (default: one process)")
+    parser.add_argument("--processes", type=int, help="per node, without asking for a GPU: on the CPU, over gloo")
 
 
 if __name__ == "__main__":

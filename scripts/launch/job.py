@@ -29,8 +29,10 @@ class Job:
     """One start of a run. process: of a local job (see `process_identity`); slurm_job: its id under Slurm."""
 
     backend: str
+    # Per node: GPUs, each with a process of its own; or processes that ask for no GPU (0: one).
     gpus: int = 0
     nodes: int = 1
+    processes: int = 0
     # Lines for sbatch, e.g. --partition=a100; and the time limit, the resubmission keeps both.
     sbatch: list[str] = field(default_factory=list)
     time_limit: str | None = None
@@ -39,6 +41,16 @@ class Job:
     started: str = ""
     process: dict[str, Any] = field(default_factory=dict)
     slurm_job: str | None = None
+
+    @property
+    def per_node(self) -> int:
+        """Processes on each node."""
+        return max(1, self.gpus, self.processes)
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.per_node
 
     @classmethod
     def read(cls, folder: Path) -> Job | None:
@@ -61,8 +73,8 @@ def train_command(folder: Path) -> list[str]:
 def start_local(folder: Path, job: Job) -> None:
     """Starts it in a session of its own: it outlives this process and its terminal. Raises OSError."""
     job.command = train_command(folder)
-    if job.gpus > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.gpus}"]
+    if job.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.per_node}"]
         job.command = [sys.executable, *launcher, *job.command[1:]]
     job.cwd = str(Path.cwd())
     with (folder / LOG).open("ab") as log:

@@ -2,7 +2,8 @@
 
 The training processes get SIGUSR1 before the time limit, save within a step and close the receipt as `preempted`; the
 script then puts the job back into the queue, and the next start continues from that very step. `srun` starts one task
-per GPU directly, so that signals reach the training and not a launcher in between.
+per process directly and torchrun's variables are made from srun's: a torchrun in between would be killed by SIGUSR1, or
+would give the ranks 30 seconds for a save and hide their exit codes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUE
 
 def render(folder: Path, job: Job) -> str:
     """The batch script, complete: it can be read, changed and submitted by hand."""
-    per_node = max(1, job.gpus)
     options = [
         f"--job-name={folder.name}",
         f"--output={folder.resolve() / LOG}",
@@ -30,18 +30,19 @@ def render(folder: Path, job: Job) -> str:
         "--requeue",
         f"--signal=USR1@{WARNING_SECONDS}",
         f"--nodes={job.nodes}",
-        f"--ntasks-per-node={per_node}",
+        f"--ntasks-per-node={job.per_node}",
         *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
         *([f"--time={job.time_limit}"] if job.time_limit else []),
         *job.sbatch,
     ]
     command = shlex.join(job.command)
     distributed = ""
-    if job.nodes * per_node > 1:
+    if job.ranks > 1:
         # the variables of torchrun, from those of srun
         distributed = (
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\n'
-            'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))" WORLD_SIZE="$SLURM_NTASKS"\n'
+            'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"\n'
+            f'export WORLD_SIZE={job.ranks} LOCAL_WORLD_SIZE={job.per_node} OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"\n'
         )
         ranks = 'RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" exec "$@"'
         command = f"bash -c {shlex.quote(ranks)} rank {command}"
@@ -58,8 +59,9 @@ export PYTHONUNBUFFERED=1
 echo "--- $now job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restarts: ${{SLURM_RESTART_COUNT:-0}}"
 srun --kill-on-bad-exit=1 {command}
 code=$?
-# Exit code 4 and preempted: the checkpoint is on the disk, the same job continues it. All else is an end.
-if [ "$code" -eq 4 ] && grep -q '"status": "preempted"' {receipt}; then
+# A clean stop (4; 0 with several ranks) and preempted: the checkpoint is on the disk, the same job continues it. All
+# else is an end.
+if {{ [ "$code" -eq 4 ] || [ "$code" -eq 0 ]; }} && grep -q '"status": "preempted"' {receipt}; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60
 fi

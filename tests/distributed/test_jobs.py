@@ -139,7 +139,7 @@ def test_the_loss_of_a_process(place, restarts):
 
 def test_torchrun_and_the_config_must_agree(place):
     found = run(2, "train_worker.py", "none", "tiny.yaml", "run_id=x", cwd=place)
-    assert found.returncode != 0 and "parallel.data: torchrun started 2 processes" in found.stderr
+    assert found.returncode != 0 and "parallel.data: none is for one process, and there are 2" in found.stderr
     found = run(
         2, "train_worker.py", "none", "tiny.yaml", "run_id=x", "train.batch_rows=6", "parallel.data=fsdp", cwd=place
     )

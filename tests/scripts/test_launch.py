@@ -157,16 +157,20 @@ def test_a_receipt_that_was_edited_does_not_match(place, monkeypatch, key):
 def test_batch_scripts_are_valid_and_quote_what_they_are_given(tmp_path):
     folder = tmp_path / "a folder; rm -rf x" / "run"
     folder.mkdir(parents=True)
-    for gpus, nodes in ((0, 1), (1, 1), (8, 4)):
-        job = Job(
-            "slurm", gpus, nodes, ["--partition=big"], "24:00:00", ["python", "train.py", "x y.yaml"], str(folder)
-        )
+    for gpus, nodes, processes in ((0, 1, 0), (1, 1, 0), (8, 4, 0), (0, 2, 3)):
+        command = ["python", "train.py", "x y.yaml"]
+        job = Job("slurm", gpus, nodes, processes, ["--partition=big"], "24:00:00", command, str(folder))
         script = slurm.render(folder, job)
         checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert checked.returncode == 0, checked.stderr
         for line in ("--requeue", "--signal=USR1@", f"--nodes={nodes}", "--partition=big", "--time=24:00:00"):
             assert f"#SBATCH {line}" in script
-        assert ("MASTER_ADDR" in script) == (gpus * nodes > 1) and "'x y.yaml'" in script
+        assert ("MASTER_ADDR" in script) == (job.ranks > 1) and "'x y.yaml'" in script
+        per_node = max(1, gpus, processes)
+        assert f"#SBATCH --ntasks-per-node={per_node}\n" in script
+        assert (f"#SBATCH --gpus-per-node={gpus}\n" in script) == (gpus > 0)
+        # hsdp cuts the weights over the ranks of a node
+        assert job.ranks == 1 or f"WORLD_SIZE={nodes * per_node} LOCAL_WORLD_SIZE={per_node} " in script
     with pytest.raises(InputError, match="--sbatch"):
         slurm.check_options(["--wrap=x\nrm"])
 
@@ -178,14 +182,31 @@ def test_options_of_slurm_need_slurm(place):
     assert not (place / "runs" / "x").exists()
 
 
+def test_a_size_that_cannot_be_is_refused_before_anything_starts(place, monkeypatch):
+    pair = ("parallel.data=fsdp", "train.accumulation=1")
+    for arguments, words in (
+        (("--processes", "2"), "parallel.data: none is for one process, and there are 2"),
+        (("--processes", "3", *pair), "train.batch_rows: 4 rows do not split over 3 ranks"),
+        (("--gpus", "2", "--processes", "2", *pair), "give one of them"),
+        (("--gpus", "0", *pair), "--gpus: expected at least 1"),
+        (("--gpus", "2", "device=cpu", *pair), "--processes 2 starts as many"),
+        (("--nodes", "2", *pair), "need --backend slurm"),
+    ):
+        assert words in launch("start", "tiny.yaml", "run_id=x", *arguments, code=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "torch sees 1 here" in launch("start", "tiny.yaml", "run_id=x", "--gpus", "2", *pair, code=2)
+    assert not (place / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_stops_as_one_and_leaves_none_behind(place):
     folder = place / "runs" / "pair"
     plan = [*LONG, "parallel.data=ddp", "train.accumulation=1"]
-    launch("start", "tiny.yaml", "run_id=pair", "--gpus", "2", *plan)
+    launch("start", "tiny.yaml", "run_id=pair", "--nodes", "1", "--processes", "2", *plan)
     until(lambda: read_receipt(folder).get("checkpoints"))
     assert "stopped at step" in launch("stop", "pair")
     assert "Traceback" not in (folder / "output.log").read_text()  # torchrun saw a clean end
+    assert read_receipt(folder)["parallel"] == {"data": "ddp", "ranks": 2}
     launch("resume", "pair")
     until(lambda: len(read_receipt(folder).get("starts", [])) == 2)
     workers = [

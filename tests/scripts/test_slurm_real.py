@@ -25,7 +25,8 @@ def until(ready, what, seconds=100):
     return found
 
 
-def test_preempted_requeued_continued_stopped_and_collected(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_preempted_requeued_continued_stopped_and_collected(tmp_path, processes):
     words = random.Random(0)
     (tmp_path / "texts").mkdir()
     for number in range(40):
@@ -49,10 +50,13 @@ def test_preempted_requeued_continued_stopped_and_collected(tmp_path):
 
         # a limit of two minutes, warned of 100 s earlier: some 20 s of training
         plan = ["train.tokens=4000000", "checkpoint.every_steps=1000", "train.log_every=50"]
+        if processes > 1:
+            plan += ["parallel.data=fsdp", "train.accumulation=1", "--nodes", "1", "--processes", str(processes)]
         limits = ["--time=2", "--sbatch=--signal=USR1@100"]
         launch("start", "tiny.yaml", "run_id=cluster", *plan, "--backend", "slurm", *limits)
         until(lambda: receipt().get("status") == "preempted", "the warning")
         first = receipt()
+        assert first["parallel"]["ranks"] == processes
         assert f"step-{first['step']:08d}" in [path.name for path in (run / "checkpoints").iterdir()]
         waiting = until(lambda: "PENDING" in call("squeue", "-h", "-o", "%T"), "the requeue")
         assert waiting and json.loads(launch("status", "cluster", "--json"))["state"] == "queued"
