@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "blocks", "losses", "data", "training", "analysis", "scripts")
 # A test of attacks has to make the pickle that must not run.
-MAKES_PAYLOADS = {"scripts/chaos/inputs.py"}
+MAKES_PAYLOADS = {"scripts/chaos/pickles.py"}
 CALLS = {
     "eval",
     "exec",
@@ -59,8 +59,8 @@ def test_no_file_of_ours_evaluates_or_unpickles():
     found = {str(path.relative_to(ROOT)): dangers(path.read_text()) for path in files()}
     found = {name: what for name, what in found.items() if what}
     assert {name: what for name, what in found.items() if name not in MAKES_PAYLOADS} == {}
-    assert found == {"scripts/chaos/inputs.py": ["pickle"]}  # and that one only makes them
-    text = (ROOT / "scripts/chaos/inputs.py").read_text()
+    assert found == {"scripts/chaos/pickles.py": ["pickle"]}  # and that one only makes them
+    text = (ROOT / "scripts/chaos/pickles.py").read_text()
     assert "pickle.load" not in text and "Unpickler" not in text
 
 

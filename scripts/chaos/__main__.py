@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.chaos import inputs, kills, mishaps
+from scripts.chaos import inputs, kills, mishaps, pickles
 from scripts.chaos.damage import damage_checkpoints, damage_for_collect
 from scripts.chaos.disk import in_own_mounts
 from scripts.chaos.place import ROOT, Place, Tally
@@ -66,6 +66,7 @@ def main() -> int:
         place = Place(Path(folder))
         _say(started, f"undisturbed run: {place.build():.1f} s as a command")
         zygotes = list(pool.map(lambda number: Zygote(place, number), range(arguments.workers)))
+        list(pool.map(Zygote.warm_up, zygotes))
         _say(started, f"{len(zygotes)} workers; {zygotes[0].seconds:.1f} s per undisturbed run in one")
         interruptions = Interruptions(place, tally, size, arguments.seed, started + size.seconds)
         killing = [pool.submit(interruptions.work, zygote) for zygote in zygotes[1:] if "kills" in chosen]
@@ -145,7 +146,7 @@ def _kills(place: Place, zygote: Zygote, tally: Tally, size: Size, seed: int, in
 def _files(place: Place, zygote: Zygote, tally: Tally, size: Size, seed: int, _: Any) -> None:
     damage_for_collect(place, tally)
     inputs.fuzz_files(place, tally, size.file_rounds, seed)
-    inputs.malicious_pickles(place, zygote, tally)
+    pickles.malicious_pickles(place, zygote, tally)
 
 
 # In this order: the later ones use the stopped run that `checkpoints` leaves.

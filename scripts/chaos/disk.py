@@ -58,6 +58,15 @@ def _mount(path: Path, size: str) -> None:
     _sh("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path))
 
 
+def _until_said(zygote: Zygote, *words: str) -> bool:
+    """Waits for one of the words in what the run says; whether it was alive then."""
+    while not zygote.is_done():
+        if any(word in zygote.log.read_text(errors="replace") for word in words):
+            return True
+        time.sleep(0.001)
+    return False
+
+
 def _sh(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
@@ -114,8 +123,7 @@ def _full_from_the_middle_on(place: Place, zygote: Zygote, tally: Tally) -> None
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 12))
-    time.sleep(0.5)
-    alive = not zygote.is_done()
+    alive = _until_said(zygote, "not written", "was not saved")
     filler.unlink(missing_ok=True)
     code, said = zygote.wait()
     _must_end_alike(place, tally, "filling", code, said, f"full in the middle (pid {pid}, alive {alive})")
@@ -145,8 +153,7 @@ def _read_only_while_saving(place: Place, zygote: Zygote, tally: Tally) -> None:
     os.kill(pid, 19)  # SIGSTOP, so that the mounts cannot meet a save
     _sh("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(checkpoints))
     os.kill(pid, 18)
-    time.sleep(0.4)
-    alive = not zygote.is_done()
+    alive = _until_said(zygote, "was not saved")
     _sh("umount", "--lazy", str(checkpoints))
     code, said = zygote.wait()
     failed = said.count("was not saved")

@@ -1,10 +1,8 @@
-"""Bad input of every kind: fuzzed configs and files, malicious pickles. Each ends in one line, none in a traceback."""
+"""Bad input of every kind: commands, fuzzed configs, fuzzed files. Each ends in one line, none in a traceback."""
 
 from __future__ import annotations
 
-import pickle
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +22,9 @@ from scripts.chaos.place import CONFIG, REFERENCE, Place, Tally
 from scripts.chaos.zygote import Zygote
 from training.checkpoint import Checkpointer, load_checkpoint
 from training.config import load_config
-from training.manifest import write_manifest
 from training.receipt import read_receipt
 
-CONFIGS, FILES, PICKLES, COMMANDS = "fuzzed configs", "fuzzed files", "malicious pickles", "bad commands"
+CONFIGS, FILES, COMMANDS = "fuzzed configs", "fuzzed files", "bad commands"
 COMMAND_LINES = (
     "stp.wieght=1",
     "model.pattern=AXER",
@@ -236,46 +233,3 @@ def _broken(data: bytes, chance: random.Random) -> Iterator[bytes]:
                 broken[chance.randrange(min(len(data), 64 if kind == 5 else len(data)))] ^= 1 << chance.randrange(8)
         if bytes(broken) != data:
             yield bytes(broken)
-
-
-class Payload:
-    """Unpickling it writes a file: the proof that somebody unpickled it."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return (Path.write_text, (self.marker, "executed"))
-
-
-def malicious_pickles(place: Place, zygote: Zygote, tally: Tally) -> None:
-    """A pickle that acts, in place of every file that a start reads; the checkpoint's manifest rewritten to fit."""
-    marker = place.folder / "executed"
-    stopped = place.runs / STOPPED
-    payload = pickle.dumps(Payload(marker))
-    data = place.folder / read_receipt(stopped)["data"]["folder"]
-    data_files = sorted(path for path in data.rglob("*") if path.is_file())
-    run_files = sorted(path for path in stopped.rglob("*") if path.is_file() and path.name != ".lock")
-    run_files += [stopped / "checkpoints" / run_files[0].name]
-    for file in [*data_files, *run_files]:
-        shutil.copytree(stopped, place.runs / "evil")
-        inside = stopped in file.parents
-        target = place.runs / "evil" / file.relative_to(stopped) if inside else file
-        kept = target.read_bytes() if target.exists() else None
-        target.write_bytes(payload)
-        for checkpoint in {parent for parent in target.parents if parent.name.startswith("step-")}:
-            if target.name != "manifest.json":
-                write_manifest(checkpoint, int(checkpoint.name.split("-")[1]))
-        code, said = zygote.run("evil")
-        executed = marker.exists()
-        words = f"{file.name}: executed {executed}, exit code {code}: {said[-300:]}"
-        clean = not executed and "Traceback" not in said and (code == 0 or refused_cleanly(code, _errors(said)))
-        tally.add("input", PICKLES, clean, words)
-        marker.unlink(missing_ok=True)
-        if not inside and kept is not None:
-            target.write_bytes(kept)
-        place.clean("evil")
-
-
-def _errors(said: str) -> str:
-    return "\n".join(line for line in said.splitlines() if line.startswith(("error", "Traceback")))

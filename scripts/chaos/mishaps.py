@@ -1,4 +1,4 @@
-"""Mishaps around a run: a jumping clock, starts that collide, a dead owner's note, a metrics line cut in two."""
+"""Mishaps around a run: a jumping clock, starts that collide, a dead owner's note, a line of metrics cut in two."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from scripts.chaos.damage import STOPPED
+from scripts.chaos.faults import FAULTS
 from scripts.chaos.place import Place, Tally, environment
 from scripts.chaos.zygote import Zygote
 from training.ownership import OWNER, process_identity
@@ -25,6 +26,7 @@ def all_mishaps(place: Place, zygote: Zygote, tally: Tally) -> None:
     _collisions(place, zygote, tally)
     _simultaneous_starts(place, tally)
     _stale_owners(place, zygote, tally)
+    _killed_writers(place, zygote, tally)
     _cut_metrics(place, zygote, tally)
     _half_begun(place, zygote, tally)
 
@@ -36,9 +38,9 @@ def _finish(place: Place, tally: Tally, run_id: str, code: int, said: str, what:
 
 
 def _clock_jumps(place: Place, zygote: Zygote, tally: Tally) -> None:
-    _finish(place, tally, "jumping", *zygote.run("jumping", clock="jumping"), "a clock that jumps")
+    _finish(place, tally, "jumping", *zygote.run("jumping", fault="jumping clock"), "a clock that jumps")
     shutil.copytree(place.runs / STOPPED, place.runs / "jumping")
-    _finish(place, tally, "jumping", *zygote.run("jumping", clock="jumping"), "a clock that jumps, resumed")
+    _finish(place, tally, "jumping", *zygote.run("jumping", fault="jumping clock"), "a clock that jumps, resumed")
 
 
 def _collisions(place: Place, zygote: Zygote, tally: Tally) -> None:
@@ -89,8 +91,19 @@ def _stale_owners(place: Place, zygote: Zygote, tally: Tally) -> None:
         _finish(place, tally, run_id, *zygote.run(run_id), f"stale owner: {what}")
 
 
+def _killed_writers(place: Place, zygote: Zygote, tally: Tally) -> None:
+    """The process is killed while half a record is in metrics.jsonl: its first, and others before and after saves."""
+    for number, fault in enumerate(name for name in FAULTS if name.startswith("killed in record")):
+        run_id = f"half-{number}"
+        code, _ = zygote.run(run_id, fault=fault)
+        metrics = (place.runs / run_id / "metrics.jsonl").read_bytes()
+        if code != -signal.SIGKILL or metrics.endswith(b"\n") or not metrics:
+            tally.failures.append(f"{GROUP}: {fault}: no half line was left ({code}, {len(metrics)} bytes)")
+        _finish(place, tally, run_id, *zygote.run(run_id), fault)
+
+
 def _cut_metrics(place: Place, zygote: Zygote, tally: Tally) -> None:
-    """The writer died in the middle of a line: inside its braces, before its newline, as bytes of nothing."""
+    """Other ends of metrics.jsonl after a power cut: inside braces, before a newline, bytes of nothing."""
     for number, rest in enumerate((b'{"step": 99, "loss/to', b'{"step": 99, "loss/lm": 1.0}', b"\x00" * 700)):
         run_id = f"cut-{number}"
         shutil.copytree(place.runs / STOPPED, place.runs / run_id)

@@ -42,12 +42,12 @@ stp:
   weight: 0.1
   n_spans: 4
   boundaries: [all, final]
-  gate: {start_tokens: 2000, ramp_tokens: 3000}
-train: {tokens: 8000, batch_rows: 4, accumulation: 2, log_every: 2, probe_every: 7}
+  gate: {start_tokens: 1000, ramp_tokens: 1500}
+train: {tokens: 4000, batch_rows: 4, accumulation: 2, log_every: 2, probe_every: 5}
 optimizer: {learning_rate: 3.0e-2}
 validation: {rows: 8, sample_tokens: 8, every_fraction: 0.3}
-checkpoint: {every_steps: 3}
-health: {outliers: skip, outlier_sigmas: 1.0, outlier_window: 12}
+checkpoint: {every_steps: 2}
+health: {outliers: skip, outlier_sigmas: 1.0, outlier_window: 8}
 wandb: {mode: disabled}
 threads: 1
 """
@@ -161,8 +161,7 @@ def difference(run: Path, reference: Path) -> str | None:
         return f"live tokens: {ours.get('stp')}, undisturbed {theirs['stp']}"
     mine, undisturbed = (_records(folder) for folder in (run, reference))
     if mine != undisturbed:
-        pairs = [pair for pair in zip(mine, undisturbed) if pair[0] != pair[1]]
-        return f"metrics: {len(mine)} records, undisturbed {len(undisturbed)}; first that differs: {pairs[:1]}"
+        return f"metrics: {len(mine)} records, undisturbed {len(undisturbed)}; {_first_difference(mine, undisturbed)}"
     last, last_reference = (_last_checkpoint(folder) for folder in (run, reference))
     if last.name.split("-")[1] != last_reference.name.split("-")[1]:
         return f"last checkpoint: {last.name}, undisturbed {last_reference.name}"
@@ -188,6 +187,14 @@ def environment() -> dict[str, str]:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMINGS} for record in read_metrics(folder)]
+
+
+def _first_difference(mine: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> str:
+    for a, b in zip(mine, undisturbed):
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                return f"step {a['step']}: {key} is {a.get(key)}, undisturbed {b.get(key)}"
+    return "one ends early"
 
 
 def _last_checkpoint(folder: Path) -> Path:

@@ -42,13 +42,13 @@ class Zygote:
         self.seconds = float(self._answer()["seconds"])
         self.pid: int | None = None
 
-    def start(self, run_id: str, *overrides: str, clock: str = "honest") -> int:
-        """Forks `train.py tiny.yaml run_id=... overrides`; returns its pid. clock: honest or jumping."""
-        return self._fork([f"run_id={run_id}", *overrides], clock)
+    def start(self, run_id: str, *overrides: str, fault: str = "none") -> int:
+        """Forks `train.py tiny.yaml run_id=... overrides`; returns its pid. fault: a name in scripts.chaos.faults."""
+        return self._fork([f"run_id={run_id}", *overrides], fault)
 
     def start_bare(self, *overrides: str) -> tuple[int, str]:
         """Without a run id; waits."""
-        self._fork(list(overrides), "honest")
+        self._fork(list(overrides), "none")
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
@@ -60,9 +60,17 @@ class Zygote:
         self.pid = None
         return code, self.log.read_text(errors="replace")
 
-    def run(self, run_id: str, *overrides: str, clock: str = "honest") -> tuple[int, str]:
-        self.start(run_id, *overrides, clock=clock)
+    def run(self, run_id: str, *overrides: str, fault: str = "none") -> tuple[int, str]:
+        self.start(run_id, *overrides, fault=fault)
         return self.wait()
+
+    def warm_up(self) -> None:
+        """Measures `seconds`, of one undisturbed run in a fork: the first run loads the kernels, a fork has them."""
+        began = time.monotonic()
+        code, said = self.run(f"{WARM}-{self.number}-fork")
+        if code:
+            raise RuntimeError(f"a forked run failed: {said[-400:]}")
+        self.seconds = time.monotonic() - began
 
     def is_done(self) -> bool:
         """Whether the child has ended, without waiting for it."""
@@ -76,8 +84,8 @@ class Zygote:
         self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait(timeout=60)
 
-    def _fork(self, overrides: list[str], clock: str) -> int:
-        self._ask({"arguments": ["tiny.yaml", *overrides], "log": str(self.log), "clock": clock})
+    def _fork(self, overrides: list[str], fault: str) -> int:
+        self._ask({"arguments": ["tiny.yaml", *overrides], "log": str(self.log), "fault": fault})
         self.pid = int(self._answer()["pid"])
         return self.pid
 
@@ -126,13 +134,11 @@ def _child(request: dict[str, Any]) -> None:
 
         import train
         from errors import exit_with
+        from scripts.chaos.faults import FAULTS
 
         # numba shares this lock with its forks: a killed one would keep it from all that come later
         parallel._backend_init_process_lock = None
-        if request["clock"] == "jumping":
-            from scripts.chaos.clock import let_clocks_jump
-
-            let_clocks_jump()
+        FAULTS[request["fault"]]()
         sys.argv = ["train.py", *request["arguments"]]
         exit_with(train.main)
     except SystemExit as leaving:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.chaos import clock
 from scripts.chaos.__main__ import report
 from scripts.chaos.disk import one_line
-from scripts.chaos.inputs import Payload
+from scripts.chaos.faults import JUMPS, HalfWriter, jumping
 from scripts.chaos.kills import Quota
 from scripts.chaos.mishaps import refused_cleanly
+from scripts.chaos.pickles import Payload
 from scripts.chaos.place import Tally, difference
 
 
@@ -115,12 +116,22 @@ def test_the_payload_is_armed(tmp_path):
 
 
 def test_the_clock_jumps():
-    ticks = clock.jumping(lambda: 100.0)
-    assert [ticks() - 100.0 for _ in clock.JUMPS] == list(clock.JUMPS) and min(clock.JUMPS) < 0 < max(clock.JUMPS)
-    code = (
-        "from scripts.chaos.clock import let_clocks_jump; let_clocks_jump(); import time; from training.progress import"
-    )
+    ticks = jumping(lambda: 100.0)
+    assert [ticks() - 100.0 for _ in JUMPS] == list(JUMPS) and min(JUMPS) < 0 < max(JUMPS)
+    code = "from scripts.chaos.faults import let_clocks_jump; let_clocks_jump(); from training.progress import"
     code += " SpeedMeter; m = SpeedMeter(9, 1, 1); a = [m._clock() for _ in range(9)]; print(max(a) - min(a) > 1e7)"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stdout == "True\n" and time.monotonic() - began < 60, done
+
+
+def test_a_writer_dies_with_half_a_line(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append(number))
+    with (tmp_path / "metrics.jsonl").open("ab", buffering=0) as file:
+        writer = HalfWriter(file, 2)
+        for record in (b"one\n", b"two\n"):
+            assert writer.write(record) == 4
+        assert not killed and writer.fileno() == file.fileno()
+        writer.write(b"three\n")
+    assert killed == [signal.SIGKILL] and (tmp_path / "metrics.jsonl").read_bytes().startswith(b"one\ntwo\nthr")
