@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,8 +50,7 @@ def hf_subject(folder: Path, device: torch.device) -> Subject:
     import transformers
 
     config = _config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"--hf: {folder} has no *.safetensors; other formats are not read (pickles can run code)")
+    _require_safetensors(folder)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -148,6 +148,20 @@ def _pieces(folder: Path, config: Any, arguments: argparse.Namespace) -> tuple[P
         raise InputError(f"--hf: the tokenizer gives id {largest}, the model has {shape[0]}: not of the same model")
     decode: Callable[[list[int]], str] = tokenizer.decode
     return from_tokens(encoded, f"documents of {source}", decode, *shape, _tokenizer_sha256(folder)), notes
+
+
+def _require_safetensors(folder: Path) -> None:
+    """transformers unpickles (restrictedly) whatever file an index names, even where only safetensors are wanted."""
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"--hf: {folder} has no *.safetensors; other formats are not read (pickles can run code)")
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"--hf: {index} is not readable") from None
+        foreign = sorted(name for name in names if not name.endswith(".safetensors"))
+        if foreign:
+            raise InputError(f"--hf: {index} names {foreign[0]}; only *.safetensors are read (pickles can run code)")
 
 
 def _tokenizer(folder: Path) -> Any:
