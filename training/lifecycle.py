@@ -272,9 +272,9 @@ class Run:
             self._close("preempted" if str(error).startswith("preempted") else "stopped", str(error))
         elif isinstance(error, PreflightError):
             self._close("refused", str(error))
-        elif isinstance(error, (InputError, KeyboardInterrupt)):
-            self._close("stopped", str(error) or "interrupted")
-        elif isinstance(error, StorageError):
+        elif isinstance(error, KeyboardInterrupt):
+            self._close("stopped", "interrupted")
+        elif isinstance(error, (InputError, StorageError)):
             self._close("crashed", str(error))
         elif error is not None:
             self._close("crashed", "".join(traceback.format_exception(error)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -58,8 +59,13 @@ def start(arguments: argparse.Namespace) -> int:
     except FileExistsError:
         advice = f"choose another, or `python -m scripts.launch resume {config.run_id}`"
         raise InputError(f"run_id: {folder} exists already; {advice}") from None
-    replace_atomically(folder / "config.yaml", config.to_yaml().encode())
-    _begin(folder, job)
+    try:
+        replace_atomically(folder / "config.yaml", config.to_yaml().encode())
+        _begin(folder, job)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # made here, and nothing runs: the id stays free
+        raise
+    _say_where(folder, job)
     return 0
 
 
@@ -68,7 +74,7 @@ def resume(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise InputError(f"{arguments.run}: a run is continued from the folder above its {RUNS}/")
     status = describe(folder)
-    if arguments.take_over:
+    if arguments.take_over and not local_processes(folder, Job.read(folder)):
         (folder / OWNER).unlink(missing_ok=True)  # the word of a person: that machine is gone
     elif status.is_alive:
         raise InputError(f"{folder}: is {status.state}" + (f" ({status.owner})" if status.owner else ""))
@@ -82,6 +88,7 @@ def resume(arguments: argparse.Namespace) -> int:
     _size(job, arguments)
     _check_job(job, load_config(folder / "config.yaml"))
     _begin(folder, job)
+    _say_where(folder, job)
     return 0
 
 
@@ -167,18 +174,14 @@ def collect(arguments: argparse.Namespace) -> int:
 
 
 def _begin(folder: Path, job: Job) -> None:
-    try:
-        if job.backend == "slurm":
-            slurm.submit(folder, job)
-        else:
-            start_local(folder, job)
-    except BaseException:
-        if not any((folder / name).exists() for name in ("receipt.json", "checkpoints")):
-            for name in ("config.yaml", LOG, "job.sh"):  # nothing was started: the id stays free
-                (folder / name).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+    """Raises InputError or OSError: nothing runs then."""
+    if job.backend == "slurm":
+        slurm.submit(folder, job)
+    else:
+        start_local(folder, job)
+
+
+def _say_where(folder: Path, job: Job) -> None:
     where = f"Slurm job {job.slurm_job}" if job.slurm_job else f"process {job.process['pid']}"
     print(f"{folder.name}  ({where}, log {folder / LOG})")
     print(f"  python -m scripts.launch status {folder.name}")

@@ -71,7 +71,8 @@ def train_command(folder: Path) -> list[str]:
 
 
 def start_local(folder: Path, job: Job) -> None:
-    """Starts it in a session of its own: it outlives this process and its terminal. Raises OSError."""
+    """Starts it in a session of its own: it outlives this process and its terminal. Raises OSError: nothing
+    runs then."""
     job.command = train_command(folder)
     if job.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.per_node}"]
@@ -89,7 +90,12 @@ def start_local(folder: Path, job: Job) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     job.process = process_identity() | {"pid": child.pid, "started": start_time(child.pid)}
-    job.write(folder)
+    try:
+        job.write(folder)
+    except BaseException:
+        child.kill()  # what nobody could find again is not left running
+        child.wait()
+        raise
 
 
 def local_processes(folder: Path, job: Job | None) -> list[dict[str, Any]]:

@@ -71,7 +71,8 @@ exit "$code"
 
 
 def submit(folder: Path, job: Job) -> None:
-    """Writes job.sh and submits it. Raises InputError with sbatch's own words if it is refused."""
+    """Writes job.sh and submits it. Raises InputError with sbatch's own words if it is refused, OSError;
+    nothing is queued then."""
     job.cwd = str(Path.cwd())
     job.command = train_command(folder.resolve())
     script = folder / "job.sh"
@@ -79,7 +80,11 @@ def submit(folder: Path, job: Job) -> None:
     answer = slurm_command("sbatch", "--parsable", str(script))
     job.slurm_job = answer.strip().split(";")[0]
     job.process = {}
-    job.write(folder)
+    try:
+        job.write(folder)
+    except BaseException:
+        stop(job.slurm_job, now=True)  # what nobody could find again is not left in the queue
+        raise
 
 
 def state(job_id: str) -> str | None:

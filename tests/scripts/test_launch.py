@@ -1,6 +1,7 @@
 """Detached runs, by the commands that people type: start, leave, look, stop, continue, collect."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from scripts.launch import slurm
 from scripts.launch.collect import verify_run
 from scripts.launch.job import Job
 from scripts.launch.status import describe
+from training.ownership import process_identity
 from training.receipt import read_receipt
 
 LONG = ["train.tokens=4000000", "checkpoint.every_steps=20", "train.log_every=5"]
@@ -106,6 +108,28 @@ def test_a_start_that_fails_says_so_and_its_status_too(place):
     until(lambda: describe(folder).state == "failed")
     assert "nothing" in describe(folder).reason
     assert "did you mean 'bad'" in launch("status", "bda", code=2)
+
+
+def test_a_launch_that_cannot_be_written_down_leaves_nothing_running(place, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "launch.json"))
+
+    started = []
+    honest = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(honest(*a, **k)) or started[-1])
+    monkeypatch.setattr(Job, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        launch("start", "tiny.yaml", "run_id=unseen", *LONG)
+    assert len(started) == 1 and started[0].returncode == -signal.SIGKILL
+    assert not (place / "runs" / "unseen").exists()  # the id is free again
+
+
+def test_take_over_is_for_machines_that_are_gone(place):
+    folder = write_run(place / "runs" / "mine", status="running")
+    owner = process_identity()  # this very process: alive, and here
+    (folder / "owner.json").write_text(json.dumps(owner))
+    assert "is running" in launch("resume", "mine", "--take-over", code=2)
+    assert json.loads((folder / "owner.json").read_text()) == owner
 
 
 def write_run(folder, **receipt):
