@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -82,7 +83,7 @@ def main() -> int:
         interruptions.close()
         for zygote in zygotes:
             zygote.__exit__()
-    tally.seconds = time.monotonic() - started
+    tally.seconds, tally.core_seconds = time.monotonic() - started, _core_seconds()
     if arguments.pieces is not None:
         if arguments.pieces.is_file():
             tally.merge(json.loads(arguments.pieces.read_text()))
@@ -94,7 +95,7 @@ def main() -> int:
         print(f"FAILED {failure}")
     for words in tally.skipped:
         print(f"SKIPPED {words}")
-    print(json.dumps(tally.groups))
+    print(f"{tally.seconds / 60:.1f} minutes, {tally.core_seconds / 60:.1f} of computing; {json.dumps(tally.groups)}")
     print(tally.line())
     return 0 if tally.passed else 1
 
@@ -167,8 +168,8 @@ def report(tally: Tally, size: str, seed: int) -> str:
         "# Chaos: what runs survive",
         "",
         f"Command: `python -m scripts.chaos --size {size} --seed {seed} --write` (`make chaos`),",
-        f"{tally.seconds / 60:.1f} minutes, commit {commit}, {cpu_name()}, {cores()} cores,",
-        f"Python {platform.python_version()}.",
+        f"{tally.seconds / 60:.1f} minutes, {tally.core_seconds / 60:.1f} of computing, commit {commit},",
+        f"{cpu_name()}, {cores()} cores, Python {platform.python_version()}.",
         "",
         "Every continued run is compared with the undisturbed one bit by bit: weights, optimizer, selection biases,",
         "counters, the window of outliers, every metrics record but the timings, the intervals in which STP was live.",
@@ -184,6 +185,12 @@ def report(tally: Tally, size: str, seed: int) -> str:
     lines += ["", f"`{tally.line()}`", ""]
     lines += [f"Skipped: {words}" for words in tally.skipped] + [f"FAILED: {words}" for words in tally.failures]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _core_seconds() -> float:
+    """Of this process and all that it waited for: what the suite costs whatever else the machine does."""
+    spent = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
 
 def _say(started: float, words: str) -> None:

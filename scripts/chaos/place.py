@@ -64,6 +64,7 @@ class Tally:
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    core_seconds: float = 0.0
 
     def add(self, kind: str, group: str, ok: bool, words: str = "") -> None:
         """kind: continued, damage or input."""
@@ -92,6 +93,7 @@ class Tally:
                 else:
                     mine[kind] = [a + b for a, b in zip(mine.get(kind, [0, 0]), value)]
         self.seconds += other["seconds"]
+        self.core_seconds += other["core_seconds"]
         self.failures += other["failures"]
         self.skipped += other["skipped"]
 
