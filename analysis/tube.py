@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from analysis.paths import Path, row_mean
 from losses.geometry import DEGENERATE_TOLERANCE
-from losses.triples import keyed_bits
+from losses.keyed import keyed_bits
 
 # Lengths in tokens (first, last) of the spans that are looked at together.
 SPAN_BINS = ((4, 8), (9, 24), (25, 64))

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from losses.controls import relative_spread
 from losses.joined import GradientJoin, ReadRows
 from losses.triples import Triples
 
 # A displacement this small against its own states is rounding, not direction.
 DEGENERATE_TOLERANCE = 1e-6
+# Variants that speak of three tokens, so not of form patch_complement.
+ORDERED = ("shuffled_order", "norm_penalty")
 
 
 # The token lengths of two displacements, each (B, n): as a function, since few ask.
@@ -22,8 +25,8 @@ def select_points(triples: Triples, form: str, variant: str = "standard") -> tup
     """Token indices that a form reads (P, B, n), which triples are valid for it (B, n), and the token lengths of its
     two displacements."""
     if form == "patch_complement":
-        if variant == "shuffled_order":
-            raise ValueError("variant: shuffled_order is defined for forms triple and consecutive")
+        if variant in ORDERED:
+            raise ValueError(f"variant: {variant} is defined for forms triple and consecutive")
         patch = triples.t - triples.s
         rest = (triples.last - triples.first) - patch
         valid = triples.valid & (rest > 0)  # a span that is the whole document has no rest
@@ -95,15 +98,28 @@ def one_minus_cosine(first: Tensor, second: Tensor, states: Tensor) -> tuple[Ten
     first, second (..., D); states (n_boundaries, P, ..., D): the states that they are differences of, which set the
     scale. The denominator is made safe before the division: a mask after it would still give NaN gradients.
     """
-    with torch.no_grad():
-        scale = states.square().sum(-1).amax(1).sqrt()
-        smallest = torch.minimum(first.square().sum(-1), second.square().sum(-1)).sqrt()
-        # Not finite states must reach the loss as such, so they are never degenerate.
-        degenerate = (smallest <= DEGENERATE_TOLERANCE * scale) & torch.isfinite(scale)
+    degenerate = _without_direction(first, second, states)
     norm_first = torch.where(degenerate, 1.0, first.square().sum(-1)).sqrt()
     norm_second = torch.where(degenerate, 1.0, second.square().sum(-1)).sqrt()
     dot = torch.where(degenerate, 0.0, (first * second).sum(-1))
     return 1 - dot / (norm_first * norm_second), degenerate
+
+
+@torch.no_grad()
+def _without_direction(first: Tensor, second: Tensor, states: Tensor) -> Tensor:
+    scale = states.square().sum(-1).amax(1).sqrt()
+    smallest = torch.minimum(first.square().sum(-1), second.square().sum(-1)).sqrt()
+    # Not finite states must reach the loss as such, so they are never degenerate.
+    return (smallest <= DEGENERATE_TOLERANCE * scale) & torch.isfinite(scale)
+
+
+def norm_penalties(rows: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """The control without direction (losses.controls): rows as in `row_losses` -> its values and degenerate.
+
+    Degenerate triples are those of STP, counted all the same (movement that is gone is what this control may cause),
+    with the value and the gradient that they have.
+    """
+    return relative_spread(rows), _without_direction(*_displacements(rows, form), rows)
 
 
 def _displacements(rows: Tensor, form: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errors import InputError, require, require_choice, require_number
 from losses.gate import GateConfig
-from losses.geometry import select_points, triple_weights
+from losses.geometry import ORDERED, select_points, triple_weights
 from losses.joined import GradientJoin, joins
 from losses.lm import lm_loss_sum
 from losses.stp import (
@@ -46,7 +46,8 @@ class STPConfig:
     window: int | None = 64
     # all | last | final | changes | family:X | entering:X, a boundary index, or a list of these.
     boundaries: Any = "all"
-    # standard, or a control: detached (placebo without gradient), shuffled_order, negative (a negative weight).
+    # standard, or a control: detached (placebo without gradient), shuffled_order, negative (a negative weight),
+    # gradient_noise (noise of the same norm at the same tokens), norm_penalty (shorter steps, no direction asked).
     variant: str = "standard"
     # cosine, or mse between the two displacements.
     distance: str = "cosine"
@@ -93,10 +94,16 @@ class STPConfig:
             f"patch draws spans for form patch_complement; form {self.form} needs anchor, uniform or sorted_offset",
         )
         require(
-            self.variant != "shuffled_order" or self.form != "patch_complement",
+            self.variant not in ORDERED or self.form != "patch_complement",
             f"{path}.variant",
-            "shuffled_order is defined for forms triple and consecutive",
+            f"{self.variant} is defined for forms triple and consecutive",
         )
+        for name, needed in (("distance", "cosine"), ("normalize", "none"), ("predictor", "none")):
+            require(
+                self.variant != "norm_penalty" or getattr(self, name) == needed,
+                f"{path}.{name}",
+                f"variant norm_penalty compares no displacements; expected {needed}, got {getattr(self, name)}",
+            )
         select_boundaries(self.boundaries, letters, f"{path}.boundaries")
         if self.enabled and sequence_length is not None and sequence_length < 3:
             raise InputError(f"data.sequence_length: STP needs at least 3 tokens in a row, got {sequence_length}")
@@ -183,9 +190,14 @@ class Objective:
         return [final if boundary == "final" else hidden_states[int(boundary)] for boundary in self.boundaries]
 
     def measure(
-        self, hidden_states: Sequence[Tensor], final: Tensor, triples: Triples, join: GradientJoin | None = None
+        self,
+        hidden_states: Sequence[Tensor],
+        final: Tensor,
+        triples: Triples,
+        join: GradientJoin | None = None,
+        variant: str | None = None,
     ) -> STPTerms:
-        """Sums and counts of every selected boundary."""
+        """Sums and counts of every selected boundary. variant: in place of the configured one, to compare with it."""
         config = self.config
         if config.predictor != "none" and self.predictor is None:
             raise InputError(f"stp.predictor: {config.predictor} was asked for, but none has been made for this model")
@@ -193,7 +205,7 @@ class Objective:
             self.select(hidden_states, final),
             triples,
             form=config.form,
-            variant=config.variant,
+            variant=variant or config.variant,
             distance=config.distance,
             length_weighting=config.length_weighting,
             normalize=config.normalize,

@@ -16,13 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from losses.geometry import DEGENERATE_TOLERANCE, close_gaps, read_rows, row_losses, select_points, triple_weights
+from losses.controls import GradientNoise
+from losses.geometry import (
+    DEGENERATE_TOLERANCE,
+    close_gaps,
+    norm_penalties,
+    read_rows,
+    row_losses,
+    select_points,
+    triple_weights,
+)
 from losses.joined import GradientJoin
 from losses.stp_kernel import CosineSums, kernel_name
 from losses.triples import Triples, documents_from_positions, draw_with_generator
 
 FORMS = ("triple", "consecutive", "patch_complement")
-VARIANTS = ("standard", "detached", "shuffled_order", "negative")
+VARIANTS = ("standard", "detached", "shuffled_order", "negative", "gradient_noise", "norm_penalty")
 DISTANCES = ("cosine", "mse")
 LENGTH_WEIGHTINGS = ("none", "cosine_like", "jaccard_like")
 NORMALIZATIONS = ("none", "rms")
@@ -89,6 +98,8 @@ def compute_stp_loss(
     layers: indices into the list (the reference's layer choice; it has one layer at a time).
     variant: detached: the placebo, no gradient. shuffled_order: the middle token is not in the middle.
         negative: the same as standard; it stands for a negative weight, which is up to the caller.
+        gradient_noise: backward, noise of the same norm at the same tokens. norm_penalty: in place of 1 - cos the
+        spread of the three states relative to their norm, which asks for no direction. Both: see losses.controls.
     distance: mse: mean squared difference of the two displacements in place of 1 - cos (reference: jepa_mse).
     length_weighting: weight of a triple from the token lengths p, q of its two displacements: cosine_like
         2pq / (p^2 + q^2), jaccard_like 1 - |p - q| / (p + q) (reference: length_adjustment).
@@ -175,15 +186,28 @@ def stp_terms(
     points, valid, lengths = select_points(triples, form, variant)
     weights = triple_weights(valid, lengths, sample_weights, length_weighting)
 
-    plain = distance == "cosine" and normalize == "none" and predictor is None
+    if variant == "norm_penalty" and not (distance == "cosine" and normalize == "none" and predictor is None):
+        raise ValueError("variant: norm_penalty compares no displacements; no distance, normalize or predictor applies")
+    if variant == "gradient_noise" and triples.key is None:
+        raise ValueError(
+            "variant: gradient_noise needs triples with a key, as the samplers of losses.triples draw them"
+        )
+    replaced = variant in ("gradient_noise", "norm_penalty")
+    plain = distance == "cosine" and normalize == "none" and predictor is None and not replaced
     if join is not None and plain and all(kernel_name(h.device, h.dtype) == "numba" for h in states):
         sums, n_degenerate = CosineSums.apply(
             join, join.sentinel, points, valid, weights, DEGENERATE_TOLERANCE, *states
         )
         return STPTerms(sums, weights.sum(), valid.sum(), n_degenerate)
     # What is not valid is read as zeros, which count as degenerate: no value of it, such as NaN in padding, gets out.
-    rows = torch.where(valid[..., None], read_rows(states, points, join), 0.0)
-    losses, degenerate = row_losses(rows, form, distance, normalize, predictor)
+    rows = read_rows(states, points, join)
+    if variant == "gradient_noise" and triples.key is not None:
+        rows = GradientNoise.apply(rows, points, triples.key)
+    rows = torch.where(valid[..., None], rows, 0.0)
+    if variant == "norm_penalty":
+        losses, degenerate = norm_penalties(rows, form)
+    else:
+        losses, degenerate = row_losses(rows, form, distance, normalize, predictor)
     return STPTerms((losses * weights).sum((1, 2)), weights.sum(), valid.sum(), (degenerate & valid).sum((1, 2)))
 
 

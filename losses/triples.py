@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from errors import require_choice
+from losses.keyed import GAMMA, POSITIVE, keyed_bits, mix
 
 SAMPLERS = ("sorted_offset", "uniform", "anchor", "patch")
-# splitmix64 (Steele, Lea and Flood 2014) in wrapping int64 arithmetic.
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-_POSITIVE = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,7 @@ class Triples:
     s < r < t lie in one document. first, last: the ends of that document (of its content where a mask was given).
     valid: False where the row has no room for a triple; its indices are then 0. Depends on the layout alone, never
     on values. kind "patch": [s, t] is a span of one step or more, so s <= r < t; only for form patch_complement.
+    key: (B,) int64 or None: what any further randomness of this row and step is hashed from.
     """
 
     s: Tensor
@@ -38,17 +36,19 @@ class Triples:
     first: Tensor
     last: Tensor
     kind: str = "triple"
+    key: Tensor | None = None
 
     def _map(self, function: Any) -> Triples:
         s, r, t, valid = function(self.s), function(self.r), function(self.t), function(self.valid)
-        return Triples(s, r, t, valid, function(self.first), function(self.last), self.kind)
+        key = None if self.key is None else function(self.key)
+        return Triples(s, r, t, valid, function(self.first), function(self.last), self.kind, key)
 
     @staticmethod
     def cat(parts: Sequence[Triples]) -> Triples:
         """Several draws for the same rows, side by side."""
         names = ("s", "r", "t", "valid", "first", "last")
         s, r, t, valid, first, last = (torch.cat([getattr(part, name) for part in parts], 1) for name in names)
-        return Triples(s, r, t, valid, first, last, parts[0].kind)
+        return Triples(s, r, t, valid, first, last, parts[0].kind, parts[0].key)
 
     def select(self, rows: Tensor | slice) -> Triples:
         """Those of some rows: a micro-batch or a rank's share."""
@@ -73,10 +73,7 @@ class Triples:
 
     def neighbours(self) -> Triples:
         """(r - 1, r, r + 1): the three consecutive tokens around the middle, inside the document since s < r < t."""
-        return Triples(self.r - 1, self.r, self.r + 1, self.valid, self.first, self.last)._repaired()
-
-    def _repaired(self) -> Triples:
-        return _make(self.s, self.r, self.t, self.valid, self.first, self.last, self.kind)
+        return _make(self.r - 1, self.r, self.r + 1, self.valid, self.first, self.last, "triple", self.key)
 
 
 def draw(
@@ -113,7 +110,7 @@ def draw_with_generator(
 ) -> Triples:
     """The same from a torch generator, for use outside a training run. shape: (B, T)."""
     where = generator.device if generator is not None else device
-    bits = torch.randint(_POSITIVE, (shape[0], n_spans, 3), generator=generator, device=where).to(device)
+    bits = torch.randint(POSITIVE, (shape[0], n_spans, 3), generator=generator, device=where).to(device)
     if document_ids is None and positions is not None:
         document_ids = documents_from_positions(positions)
     if document_ids is None and mask is None:
@@ -135,31 +132,6 @@ def documents_from_positions(positions: Tensor) -> Tensor:
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     return starts.cumsum(1) - 1
-
-
-# --- randomness -------------------------------------------------------------------------------------------------
-
-
-def _mix(x: Tensor) -> Tensor:
-    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
-        x = (x ^ _logical_shift(x, shift)) * factor
-    return x ^ _logical_shift(x, 31)
-
-
-def _logical_shift(x: Tensor, shift: int) -> Tensor:
-    return (x >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def keyed_bits(seed: int, step: int | Tensor, row_ids: Tensor, n_spans: int) -> Tensor:
-    """(B, n_spans, 3) int64, uniform on [0, 2^63): hashed from (seed, step, row, span, slot) and nothing else."""
-    device = row_ids.device
-    key = _mix(torch.as_tensor(seed, dtype=torch.int64, device=device) + _GAMMA)
-    # Hashed before they are added, each under another constant, so that equal or neighbouring numbers do not cancel.
-    key = _mix(key + _mix(torch.as_tensor(step, dtype=torch.int64, device=device) ^ _MIX[0]))
-    rows = _mix(key + _mix(row_ids.to(torch.int64) ^ _MIX[1]))
-    counter = torch.arange(1, 3 * n_spans + 1, device=device, dtype=torch.int64)
-    bits = _mix(rows[:, None] + counter[None, :] * _GAMMA)
-    return (bits & _POSITIVE).view(row_ids.shape[0], n_spans, 3)
 
 
 # --- layout -----------------------------------------------------------------------------------------------------
@@ -243,13 +215,16 @@ def sample(sampler: str, bits: Tensor, content: Content, window: int | None = No
         valid = has_room.expand_as(s)
     if content.index is not None:
         s, r, t, first, last = (content.index.gather(1, torch.where(valid, k, 0)) for k in (s, r, t, first, last))
-    return _make(s, r, t, valid, first, last, "patch" if sampler == "patch" else "triple")
+    key = mix(bits[:, 0, 0] ^ GAMMA)  # of the first span's integers, so the same whatever the number of spans
+    return _make(s, r, t, valid, first, last, "patch" if sampler == "patch" else "triple", key)
 
 
-def _make(s: Tensor, r: Tensor, t: Tensor, valid: Tensor, first: Tensor, last: Tensor, kind: str) -> Triples:
+def _make(
+    s: Tensor, r: Tensor, t: Tensor, valid: Tensor, first: Tensor, last: Tensor, kind: str, key: Tensor | None
+) -> Triples:
     """Points what is not valid at index 0, so that every gather is legal."""
     s, r, t, first, last = (torch.where(valid, k, 0) for k in (s, r, t, first, last))
-    return Triples(s, r, t, valid, first, last, kind)
+    return Triples(s, r, t, valid, first, last, kind, key)
 
 
 def _sorted_offset(bits: Tensor, length: Tensor) -> Tensor:

@@ -73,13 +73,14 @@ def prove(seed: int, dtype: torch.dtype) -> PreflightReport:
     generator = torch.Generator().manual_seed(seed)
     model = small_model(choose, generator)
     form = choose.choice(["triple", "triple", "consecutive", "patch_complement"])
+    ordered = [] if form == "patch_complement" else ["norm_penalty"]
     stp = STPConfig(
         form=form,
         sampler=choose.choice(["anchor", "anchor", "uniform", "sorted_offset"]),
         n_spans=choose.choice([2, 4, 8]),
         window=choose.choice([None, 8, 64]),
         boundaries=choose.choice([["all"], ["all", "final"], ["last"], ["changes"]]),
-        variant=choose.choice(["standard"] * 4 + ["detached"]),
+        variant=choose.choice(["standard"] * 4 + ["detached", "gradient_noise", *ordered]),
     )
     objective = Objective(stp, model.letters, seed=seed)
     batch = random_batch(choose, generator, model.embedding.num_embeddings)

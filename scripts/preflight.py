@@ -40,6 +40,7 @@ MEANING = {
     "block_link": "what arrives below is the gradient of hidden + mixer(norm(hidden))",
     "gradient_scale": "no boundary's gradient vanishes beside the others'",
     "control_sends_nothing": "the control sends no gradient, as it declares",
+    "control_as_declared": "the control pushes as hard as STP elsewhere, or leaves angles alone, as it declares",
     "predictor": "the learned predictor is trained with the model and reached by every term",
     "total": "forced open, the total is LM + weight x STP, in value and in a plain backward",
     "collector_eval": "the same states in evaluation mode",

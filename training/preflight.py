@@ -22,6 +22,7 @@ from errors import PreflightError
 from losses.objective import Objective
 from losses.triples import Triples
 from model.context import SequenceContext
+from training.controls import PLACEBO_CHECKS, check_control, placebo_result
 from training.distributed import World
 from training.draws import check_draws
 from training.probes import probe_forward
@@ -169,7 +170,7 @@ class Preflight:
         reshard(self.model)
         for index, term in terms.items():
             if self.objective.is_control:
-                report.boundaries.append(_control_result(self.model, output, index, term))
+                report.boundaries.append(placebo_result(self.model, output, index, term))
             else:
                 result = check_boundary(self.model, output, context, index, term, self.autocast, self.world)
                 report.boundaries.append(result)
@@ -177,9 +178,10 @@ class Preflight:
             report.checks["predictor"] = check_predictor(self.model, self.objective.predictor, list(terms.values()))
         if not self.objective.is_control:
             flag_vanishing(report.boundaries)
-        for name in CONTROL_CHECKS if self.objective.is_control else GRADIENT_CHECKS:
+        for name in PLACEBO_CHECKS if self.objective.is_control else GRADIENT_CHECKS:
             problems = [f"boundary {b.index}: {b.problems[name]}" for b in report.boundaries if name in b.problems]
             report.checks[name] = problems[0] if problems else None
+        report.checks.update(check_control(self.objective, output, triples))
         report.checks["total"] = check_total(self.model, self.objective, totals, terms)
 
     def _more(self, batch: Batch, triples: Triples) -> Triples:
@@ -210,9 +212,6 @@ class Preflight:
         report.checks["collector"] = check_collector(output, watch, len(self.model.blocks), shape)
         report.checks["experts_process_all_tokens"] = _check_experts(self.model, batch.tokens.numel())
         return output if report.checks["collector"] is None else None
-
-
-CONTROL_CHECKS = ("control_sends_nothing",)
 
 
 def require_ok(report: PreflightReport, when: str) -> None:
@@ -281,14 +280,3 @@ def _check_experts(model: Any, n_tokens: int) -> str | None:
         if rows != expected:
             return f"an expert block processed {rows} rows, not tokens x top_k = {expected}"
     return None
-
-
-def _control_result(model: Any, output: Any, index: int | str, term: Tensor) -> BoundaryResult:
-    """A control declares that it sends no gradient; exactly none may arrive."""
-    family = {"final": "final", 0: "embedding"}.get(index) or model.blocks[int(index) - 1].letter
-    result = BoundaryResult(index, family, 0.0, 0.0)
-    if term.requires_grad:
-        grads = torch.autograd.grad(term, output.hidden_states, retain_graph=True, allow_unused=True)
-        if any(grad is not None and bool(grad.any()) for grad in grads):
-            result.problems["control_sends_nothing"] = "a control that declares no gradient sends one"
-    return result

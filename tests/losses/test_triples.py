@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import losses.triples as triples_module
 from errors import InputError
+from losses.keyed import GAMMA, keyed_bits, mix
 from losses.triples import (
     SAMPLERS,
     Triples,
@@ -19,7 +19,6 @@ from losses.triples import (
     documents_from_positions,
     draw,
     draw_with_generator,
-    keyed_bits,
     sample,
     spans_per_row,
     whole_rows,
@@ -268,8 +267,8 @@ def test_keyed_draw_is_pinned():
 
 def test_hash_is_splitmix64():
     """Published first outputs of splitmix64 for the state 1234567."""
-    state = torch.tensor(1234567) + torch.arange(1, 4) * triples_module._GAMMA
-    outputs = [value % 2**64 for value in triples_module._mix(state).tolist()]
+    state = torch.tensor(1234567) + torch.arange(1, 4) * GAMMA
+    outputs = [value % 2**64 for value in mix(state).tolist()]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 

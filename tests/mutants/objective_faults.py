@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from losses import geometry, joined, triples
+from losses import controls, geometry, joined, triples
 from losses.joined import GradientJoin
 from losses.objective import Objective
 from losses.stp import stp_terms
@@ -168,6 +168,34 @@ MUTANTS = (
         (Rewrite(stp_terms, "states = [h.detach() for h in states]", "states = list(states)"),),
         "control_sends_nothing",
         ("stp.variant=detached",),
+    ),
+    Mutant(
+        "noise that is STP",
+        "the control `gradient_noise` sends STP's own gradient",
+        (Rewrite(stp_terms, 'if variant == "gradient_noise" and triples.key is not None:', "if False:"),),
+        "control_as_declared",
+        ("stp.variant=gradient_noise",),
+    ),
+    Mutant(
+        "noise of one size",
+        "every token gets noise of norm 1, whatever STP would send",
+        (Rewrite(controls.noise_like, "sums.square().sum(-1, keepdim=True).sqrt() *", "1.0 *"),),
+        "control_as_declared",
+        ("stp.variant=gradient_noise",),
+    ),
+    Mutant(
+        "the same noise at every step",
+        "what noise is drawn from does not follow the step",
+        (Rewrite(triples.sample, "mix(bits[:, 0, 0] ^ GAMMA)", "mix(bits[:, 0, 0] * 0)"),),
+        "tests/losses/test_controls.py::test_noise_follows_seed_step_and_row_and_no_generator",
+        ("stp.variant=gradient_noise",),
+    ),
+    Mutant(
+        "a penalty that straightens",
+        "the control `norm_penalty` adds up the two neighbouring displacements",
+        (Rewrite(controls.relative_spread, "(rows - rows.mean(1, keepdim=True))", "rows.diff(dim=1)"),),
+        "control_as_declared",
+        ("stp.variant=norm_penalty",),
     ),
     Mutant(
         "dies while the gate is open",

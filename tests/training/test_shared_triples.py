@@ -68,6 +68,7 @@ def test_shared_by_arms_accumulation_and_resume(used):
         "consecutive": ["stp.form=consecutive"],
         "placebo": ["stp.variant=detached"],
         "wrong order": ["stp.variant=shuffled_order"],
+        "noise": ["stp.variant=gradient_noise"],
         "one boundary": ["stp.boundaries=[last]"],
         "another model": ["model.pattern=AEM"],
         "no accumulation": ["train.accumulation=1"],
