@@ -126,9 +126,9 @@ def open_prepared(folder: str | Path) -> Prepared:
         tokenizer = _load_tokenizer(folder / entry["file"], entry["sha256"], advice)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; {advice}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: the manifest is damaged; {advice}") from None
     return Prepared(folder, manifest, hashlib.sha256(raw).hexdigest(), tokenizer, corpora)
 
@@ -181,6 +181,8 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None 
     for name, entry in entries.items():
         prefix = prepared.folder / name
         for path, kind in ((bin_path(prefix), "bin"), (idx_path(prefix), "idx")):
+            if f"{kind}_sha256" not in entry:  # a corpus used in place says so by null
+                raise InputError(f"{prepared.folder / MANIFEST}: the manifest is damaged: no {kind}_sha256 of {name}")
             expected = entry[f"{kind}_sha256"]
             if expected is None:
                 by_size.append(f"{path}: used in place, checked by size alone (no hash was recorded)")

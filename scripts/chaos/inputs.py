@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from data.prepared import open_prepared, verify
+from data.prepared import open_prepared
 from data.shards import Shard
 from data.stream import TrainStream
 from data.tokenizer import Tokenizer, recorded_sha256
@@ -20,11 +20,13 @@ from scripts.chaos.damage import STOPPED
 from scripts.chaos.mishaps import refused_cleanly
 from scripts.chaos.place import CONFIG, REFERENCE, Place, Tally
 from scripts.chaos.zygote import Zygote
+from scripts.launch.collect import verify_run
 from training.checkpoint import Checkpointer, load_checkpoint
 from training.config import load_config
 from training.receipt import read_receipt
 
-CONFIGS, FILES, COMMANDS = "fuzzed configs", "fuzzed files", "bad commands"
+CONFIGS, COMMANDS = "fuzzed configs", "bad commands"
+FUZZED_DATA, FUZZED_CHECKPOINT = "fuzzed data and tokenizer files (collect)", "fuzzed checkpoint files"
 COMMAND_LINES = (
     "stp.wieght=1",
     "model.pattern=AXER",
@@ -154,8 +156,11 @@ def bad_commands(place: Place, zygote: Zygote, tally: Tally, number: int) -> Non
 
 
 def fuzz_files(place: Place, tally: Tally, rounds: int, seed_number: int) -> None:
-    """Damaged bytes in shards, tokenizer, manifest and checkpoint: refused in one line, or found by their hash."""
-    data = place.folder / read_receipt(place.runs / REFERENCE)["data"]["folder"]
+    """Damaged bytes in shards, tokenizer, manifest and checkpoint: readers refuse them in one line or read on, but a
+    checkpoint's damage is noticed before it is loaded, and the data's by `launch collect`."""
+    receipt = read_receipt(place.runs / REFERENCE)
+    data = place.folder / receipt["data"]["folder"]
+    receipt["data"]["folder"] = str(data)  # collect reads it relative to where it is called
     checkpoint = max((place.runs / STOPPED / "checkpoints").glob("step-*"))
     chance = random.Random(seed_number)
     files = sorted(path for path in data.rglob("*") if path.is_file() and path.suffix != ".sha256")
@@ -166,10 +171,14 @@ def fuzz_files(place: Place, tally: Tally, rounds: int, seed_number: int) -> Non
             file.write_bytes(broken)
             try:
                 words = f"{file.name}, {len(broken)} of {len(kept)} bytes"
-                tally.add("input", FILES, (problem := _open_all(file, data)) is None, f"{words}: {problem}")
-                if broken != kept:
-                    noticed = _notices(data, checkpoint, file)
-                    tally.add("damage", FILES, noticed, f"{words}: no hash noticed")
+                group = FUZZED_DATA if data in file.parents else FUZZED_CHECKPOINT
+                tally.add("input", group, (problem := _open_all(file, data)) is None, f"{words}: {problem}")
+                if group == FUZZED_DATA:
+                    noticed = any(check.ok is False for check in verify_run(place.runs / REFERENCE, receipt))
+                else:
+                    found = Checkpointer(checkpoint.parent, message=lambda _: None).latest_valid()
+                    noticed = found is not None and found.name != checkpoint.name
+                tally.add("damage", group, noticed, f"{words}: no hash noticed")
             finally:
                 file.write_bytes(kept)
 
@@ -200,18 +209,6 @@ def _read_stream(data: Path) -> None:
     stream = TrainStream(open_prepared(data), 48, 4)
     for step in range(3):
         stream.batch(step)
-
-
-def _notices(data: Path, checkpoint: Path, file: Path) -> bool:
-    if checkpoint in file.parents:
-        found = Checkpointer(checkpoint.parent, message=lambda _: None).latest_valid()
-        return found is not None and found.name != checkpoint.name
-    try:
-        verify(data)
-    except InputError:
-        return True
-    # the data's own manifest is vouched for by the receipt of every run that used it (scripts.chaos.damage)
-    return file.name == "manifest.json"
 
 
 def _broken(data: bytes, chance: random.Random) -> Iterator[bytes]:

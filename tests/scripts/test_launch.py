@@ -178,6 +178,19 @@ def test_a_receipt_that_was_edited_does_not_match(place, monkeypatch, key):
     assert len(wrong) == 1
 
 
+@pytest.mark.parametrize("broken", ["no hashes", "[" * 100_000])
+def test_a_manifest_of_the_corpus_that_is_none_is_said(place, monkeypatch, broken):
+    from tiny_run import start
+
+    start(monkeypatch, "run_id=a", "train.tokens=400", "stp.weight=0")
+    receipt = read_receipt(place / "runs" / "a")
+    manifest = place / receipt["data"]["folder"] / "manifest.json"
+    text = manifest.read_text().replace("bin_sha256", "bin_sha2") if broken == "no hashes" else broken
+    manifest.write_text(text)
+    wrong = [check for check in verify_run(place / "runs" / "a", receipt) if check.ok is False]
+    assert len(wrong) == 2 and "the manifest is damaged" in wrong[1].note  # its hash, and what it says
+
+
 def test_batch_scripts_are_valid_and_quote_what_they_are_given(tmp_path):
     folder = tmp_path / "a folder; rm -rf x" / "run"
     folder.mkdir(parents=True)
