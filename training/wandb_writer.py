@@ -55,8 +55,10 @@ class WandbWriter:
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True),
             )
             self._run.define_metric("*", step_metric="step")
+            mine = Path(str(getattr(self._run, "dir", ""))).parent.name  # of the same second: the same name
             for path in earlier:
-                shutil.rmtree(path, ignore_errors=True)
+                if path.name != mine:
+                    shutil.rmtree(path, ignore_errors=True)
         except (Exception, SystemExit) as error:
             self._fail(error)
 

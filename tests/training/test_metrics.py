@@ -236,13 +236,14 @@ def test_a_resumed_wandb_run_has_no_gap_and_no_duplicate(tmp_path, monkeypatch, 
 def test_real_wandb_offline_needs_no_network_and_no_account(tmp_path):
     """The real package in a process without home, key or reachable server."""
     script = """
-        import sys
+        import sys, time
         from training.metrics import Tracker, WandbConfig
         for resume in (None, 2):
             tracker = Tracker(sys.argv[1], "run-1", WandbConfig(), {"seed": 1}, resume, print)
             for step in range((resume or 0) + 1, 5):
                 tracker.log(step, {"loss": 1 / step})
             tracker.close({"val": 1.0})
+            time.sleep(1.0)  # wandb names its folders by the second
     """
     environment = {"HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     environment["PYTHONPATH"] = ":".join(path for path in sys.path if path)
@@ -250,7 +251,25 @@ def test_real_wandb_offline_needs_no_network_and_no_account(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.splitlines() == ["metrics.jsonl: dropped 2 records after step 2, 0 damaged lines"]
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run-1.wandb"))) == 1
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-run-1.wandb")
+    assert wandb_history(file) == [(step, str(1 / step).removesuffix(".0")) for step in (1, 2, 3, 4)]
+
+
+def wandb_history(file):
+    """(step, loss) of each history record. The file is a leveldb log of less than one block: 7 bytes, then records of
+    4 bytes checksum, 2 bytes length, 1 byte kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, found = file.read_bytes(), 7, []
+    while at < len(data):
+        end = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little")
+        record = Record()
+        record.ParseFromString(data[at + 7 : end])
+        if record.WhichOneof("record_type") == "history":
+            values = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            found.append((record.history.step.num, values["loss"]))
+        at = end
+    return found
 
 
 def test_importing_training_loads_no_wandb():
