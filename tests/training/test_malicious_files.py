@@ -81,3 +81,26 @@ def test_files_of_a_run(payload, monkeypatch, name):
         with pytest.raises(InputError):
             start(monkeypatch, "run_id=a", "train.tokens=400", "stp.weight=0")
     shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name", ["apply:pathlib.Path.touch", "new:pathlib.Path.touch", "name:pathlib.Path.touch"])
+@pytest.mark.parametrize("reader", ["config", "override", "grid", "status"])
+def test_yaml_that_would_call_python(payload, reader, name):
+    from scripts.ablate.grid import load_grid
+    from scripts.launch.status import describe
+    from training.config import load_config
+
+    call = f"!!python/object/{name} [executed]" if "name" not in name else f"!!python/{name}"
+    Path("evil.yaml").write_text(f"seed: {call}\n")
+    if reader == "status":
+        Path("runs/a").mkdir(parents=True)
+        Path("evil.yaml").rename("runs/a/config.yaml")
+        assert describe(Path("runs/a")).state == "new"
+        return
+    read = {
+        "config": lambda: load_config("evil.yaml"),
+        "override": lambda: load_config("tiny.yaml", [f"seed={call}"]),
+        "grid": lambda: load_grid(Path("evil.yaml")),
+    }[reader]
+    with pytest.raises(InputError, match="tag"):
+        read()
