@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from scripts.launch import slurm
 from scripts.launch.collect import verify_run
 from scripts.launch.job import Job
 from scripts.launch.status import describe
-from training.ownership import process_identity
+from training.ownership import live_owner, process_identity
 from training.receipt import read_receipt
 
 LONG = ["train.tokens=4000000", "checkpoint.every_steps=20", "train.log_every=5"]
@@ -108,6 +110,24 @@ def test_a_start_that_fails_says_so_and_its_status_too(place):
     until(lambda: describe(folder).state == "failed")
     assert "nothing" in describe(folder).reason
     assert "did you mean 'bad'" in launch("status", "bda", code=2)
+
+
+@pytest.mark.slow
+def test_closing_the_terminal_ends_nothing(place):
+    """A real terminal with a shell in the foreground, as a person has it, is closed: the shell is hung up, the run not."""
+    typed = shlex.join([sys.executable, "-m", "scripts.launch", "start", "tiny.yaml", "run_id=night", *LONG])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.execve("/bin/sh", ["sh", "-c", f"{typed}; exec sleep 1000"], environment)
+    folder = place / "runs" / "night"
+    until(lambda: live_owner(folder) and read_receipt(folder).get("checkpoints"), 120)
+    assert b"scripts.launch status night" in os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.WTERMSIG(os.waitpid(shell, 0)[1]) == signal.SIGHUP
+    seen = describe(folder).step
+    until(lambda: describe(folder).step > seen)
+    assert "stopped at step" in launch("stop", "night")
 
 
 def test_a_launch_that_cannot_be_written_down_leaves_nothing_running(place, monkeypatch):
