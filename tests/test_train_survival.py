@@ -13,6 +13,7 @@ from tiny_run import ROOT, losses, make_place, receipt, start
 from errors import StorageError
 from training import checkpoint as checkpoint_module
 from training import lifecycle, ownership
+from training.lifecycle import Run
 
 
 @pytest.fixture
@@ -53,6 +54,21 @@ def test_a_last_checkpoint_that_cannot_be_saved_names_the_newest_that_is_there(p
     monkeypatch.setattr(checkpoint_module, "write_tensors", honest)
     start(monkeypatch, "run_id=a")
     assert receipt("a")["status"] == "finished"
+
+
+def test_the_receipt_lists_a_checkpoint_as_soon_as_it_is_there(place, monkeypatch):
+    honest, seen = Run.record, []
+
+    def record(self, state, *rest):
+        if self.saver.checkpoints._thread is not None:
+            self.saver.checkpoints._thread.join()  # the step before began a save: it is done in this one
+        honest(self, state, *rest)
+        seen.append([entry["step"] for entry in receipt("a")["checkpoints"]])
+
+    monkeypatch.setattr(Run, "record", record)
+    start(monkeypatch, "run_id=a", "train.tokens=1400")
+    assert [] in seen and [4] in seen  # `status` does not wait for the save after it
+    assert seen[4] == [4] or seen[3] == [4]
 
 
 def test_a_terminal_that_is_gone_changes_nothing(place):

@@ -12,7 +12,6 @@ save removes. Nothing is unpickled, ever.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -97,9 +96,9 @@ class Checkpointer:
     def save(self, step: int, tensors: Tree, state: dict[str, Any]) -> str | None:
         """Saves nested mappings of tensors and a JSON-able state (string keys) under the number of finished steps.
 
-        Returns None, or one line saying why it failed: the older checkpoints are untouched then, and the run can go
-        on. In async mode an error of an earlier save is returned by the next `save` or `wait`, and sent to `message`
-        at once. Raises TypeError for a state that is not JSON-able or a leaf that is no tensor, before writing.
+        Returns None, or one line saying why it failed: the older checkpoints are untouched then, the run can go on. In
+        async mode that is returned by the next `save` or `wait`, and sent to `message` at once. Raises TypeError for a
+        state that is not JSON-able or a leaf that is no tensor, before writing.
         """
         earlier = self.wait()
         if self.saved and self.saved[-1].step == step and self.saved[-1].path.is_dir():
@@ -120,6 +119,10 @@ class Checkpointer:
             self._thread = None
         error, self._error = self._error, None
         return error
+
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def latest_valid(self) -> Path | None:
         """The newest checkpoint whose every byte is what its manifest says; skipped ones are named by `message`."""
@@ -190,8 +193,7 @@ class Checkpointer:
         temporary.mkdir()
 
     def _complete(self, temporary: Path, step: int, data: bytes) -> tuple[str, str]:
-        """Everything else, the manifest last, and the name that makes it a checkpoint: its path and its manifest's
-        sha256."""
+        """The rest, the manifest last, and the name that makes it a checkpoint: its path and its manifest's sha256."""
         write_durably(temporary / "state.json", data)
         fsync_path(temporary / "tensors")
         manifest_sha256 = write_manifest(temporary, step)
@@ -294,7 +296,4 @@ def _unreadable(path: Path) -> list[str]:
 
 
 def _spell(error: BaseException) -> str:
-    text = str(error).strip()
-    with contextlib.suppress(IndexError):
-        text = text.splitlines()[0]
-    return text or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -201,6 +201,7 @@ class Run:
             self._validate(state)
         if ended or self.saver.due(state.step):
             self._save(state)
+        self.saver.note(self.receipt)
         self.watchdog.beat()
 
     def _validation_is_due(self, before: int, after: int) -> bool:
@@ -235,7 +236,7 @@ class Run:
 
     def _save(self, state: State) -> None:
         self.tracker.sync()
-        self.saver.save(state, self.receipt)
+        self.saver.save(state)
         self.meter.pause()
 
     def stop(self, state: State, status: str) -> None:

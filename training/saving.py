@@ -10,7 +10,7 @@ import torch
 
 from errors import StorageError
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer, load_checkpoint
+from training.checkpoint import Checkpointer, Saved, load_checkpoint
 from training.config import RunConfig
 from training.distributed import World
 from training.measured import State
@@ -36,6 +36,7 @@ class Saver:
         self.message = message
         self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message, world)
         self._on_disk: int | None = None  # the newest step known to be there, whole
+        self._listed: list[Saved] = []
 
     def restore(self) -> State:
         """Fills model and optimizer from the newest valid checkpoint, or the model alone from `init_from`."""
@@ -53,11 +54,15 @@ class Saver:
     def due(self, step: int) -> bool:
         return self.checkpoints.due(step)
 
-    def save(self, state: State, receipt: Receipt) -> None:
+    def save(self, state: State) -> None:
         """A failed save is said by `message` and costs nothing but itself: the run goes on."""
         stored = {"run": asdict(state), "config_sha256": self.config.sha256}
         self.checkpoints.save(state.step, self._tensors(), stored)
-        self._list(receipt)
+
+    def note(self, receipt: Receipt) -> None:
+        """Between two steps: lists what the writing thread has finished in the meantime."""
+        if not self.checkpoints.is_writing and self.checkpoints.saved[-1:] != self._listed:
+            self._list(receipt)
 
     def confirm(self, state: State, receipt: Receipt) -> None:
         """Raises StorageError unless this very step is on the disk: what follows claims that it is."""
@@ -76,5 +81,6 @@ class Saver:
         return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
 
     def _list(self, receipt: Receipt) -> None:
+        self._listed = self.checkpoints.saved[-1:]
         for saved in self.checkpoints.saved:
             receipt.checkpoint(saved.step, saved.state["run"]["tokens"], saved.path, saved.manifest_sha256)

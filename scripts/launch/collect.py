@@ -75,15 +75,15 @@ def _data(receipt: dict[str, Any]) -> list[Check]:
     if not data.get("folder") or not folder.is_dir():
         return [Check("data", None, f"{data.get('folder')} is not here: its manifest is {data.get('manifest_sha256')}")]
     try:
-        checks = [_compare(f"{folder}/{MANIFEST}", sha256_file(folder / MANIFEST), data.get("manifest_sha256"))]
+        checks = [_compare(f"{folder.name}/{MANIFEST}", sha256_file(folder / MANIFEST), data.get("manifest_sha256"))]
     except OSError as error:
-        return [Check(f"{folder}/{MANIFEST}", False, str(error.strerror))]
+        return [Check(f"{folder.name}/{MANIFEST}", False, str(error.strerror))]
     try:
         by_size = verify(folder)  # the tokenizer too: it is opened by its hash in the manifest
         note = f"{len(by_size)} shards used in place, by size alone" if by_size else "every shard and the tokenizer"
-        checks.append(Check(f"{folder}", True, note))
+        checks.append(Check(folder.name, True, note))
     except (InputError, OSError) as error:
-        checks.append(Check(f"{folder}", False, str(error)))
+        checks.append(Check(folder.name, False, str(error)))
     return checks
 
 

@@ -76,8 +76,13 @@ def test_a_run_outlives_its_caller_and_is_stopped_continued_killed_and_collected
         assert status.state == "running" and status.last_checkpoint_step >= 20 and f"process {pid}" in status.owner
         assert status.total_tokens == 4_000_000 and status.seconds_left > 0 and status.tokens_per_second > 0
         assert "is running" in launch("resume", "away", code=2)
+        follow = [sys.executable, "-m", "scripts.launch", "logs", "away", "-f", "-n", "1"]
+        follower = subprocess.Popen(follow, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
         shown = launch("stop", "away")
         assert "stopped at step" in shown
+        followed = follower.communicate(timeout=60)[0].decode()  # it ends with the run, and misses nothing of it
+        log = (folder / "output.log").read_text()
+        assert log.endswith(followed) and "stopped: stopped at step" in followed
     finally:
         with_luck_gone(pid)
     receipt = read_receipt(folder)
