@@ -19,26 +19,28 @@ def place(tmp_path, monkeypatch):
     return make_place(tmp_path, monkeypatch)
 
 
-def stop_at(monkeypatch, step):
-    """SIGTERM while the given step is recorded."""
+def stop_at(monkeypatch, step, wish=signal.SIGTERM):
+    """A signal while the given step is recorded."""
     honest = Run.record
 
     def record(self, state, *args):
         honest(self, state, *args)
         if state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), wish)
 
     monkeypatch.setattr(Run, "record", record)
 
 
-@pytest.mark.parametrize("stop_after", [5, 7])
-def test_resume_is_exact(place, monkeypatch, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "wish", "status"), [(5, signal.SIGTERM, "stopped"), (7, signal.SIGUSR1, "preempted")]
+)
+def test_resume_is_exact(place, monkeypatch, stop_after, wish, status):
     """All four letters, the ramp in progress, accumulation 2, a validation on the way: equal to the last bit."""
     start(monkeypatch, "run_id=whole")
-    stop_at(monkeypatch, stop_after)
+    stop_at(monkeypatch, stop_after, wish)
     with pytest.raises(Stopped):
         start(monkeypatch, "run_id=parts")
-    assert receipt("parts")["status"] == "stopped"
+    assert receipt("parts")["status"] == status and receipt("parts")["checkpoints"][-1]["step"] == stop_after
     monkeypatch.undo()
     monkeypatch.chdir(place)
     start(monkeypatch, "run_id=parts")
@@ -123,4 +125,5 @@ def test_a_skipped_step_is_counted_and_too_many_end_the_run(place, monkeypatch):
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
         start(monkeypatch, "run_id=b", "train.max_skipped_steps=2")
     assert receipt("b")["status"] == "crashed" and "FloatingPointError" in receipt("b")["reason"]
+    assert receipt("b")["reason"].startswith("Traceback (most recent call last)")
     assert Path("runs/b/offending_batch.safetensors").is_file()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT, losses, make_place, receipt, start
 
-from errors import StorageError
+from data.stream import TrainStream
+from errors import InputError, StorageError
 from training import checkpoint as checkpoint_module
 from training import lifecycle, ownership
 from training.lifecycle import Run
@@ -69,6 +70,21 @@ def test_the_receipt_lists_a_checkpoint_as_soon_as_it_is_there(place, monkeypatc
     start(monkeypatch, "run_id=a", "train.tokens=1400")
     assert [] in seen and [4] in seen  # `status` does not wait for the save after it
     assert seen[4] == [4] or seen[3] == [4]
+
+
+def test_a_file_that_turns_out_bad_on_the_way_closes_the_receipt_with_its_line(place, monkeypatch):
+    honest = TrainStream.batch
+
+    def batch(self, step):
+        if step == 3:
+            raise InputError("texts: token id 999, but the tokenizer has 300")
+        return honest(self, step)
+
+    monkeypatch.setattr(TrainStream, "batch", batch)
+    with pytest.raises(InputError, match="token id 999"):
+        start(monkeypatch, "run_id=a", "train.tokens=1400")
+    closed = receipt("a")
+    assert closed["status"] == "crashed" and closed["reason"] == "texts: token id 999, but the tokenizer has 300"
 
 
 def test_a_terminal_that_is_gone_changes_nothing(place):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +22,6 @@ CHECKPOINT, RUN, DATA = "checkpoint files", "run files (collect)", "data and tok
 
 def stopped_run(place: Place, zygote: Zygote) -> Path:
     """A run with two checkpoints that was stopped half-way: what the damages are done to."""
-    import os
-    import signal
-    import time
-
     folder = place.runs / STOPPED
     pid = zygote.start(STOPPED)
     while len(list((folder / "checkpoints").glob("step-*"))) < 2 and not zygote.is_done():

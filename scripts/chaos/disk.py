@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -150,9 +151,9 @@ def _read_only_while_saving(place: Place, zygote: Zygote, tally: Tally) -> None:
     pid = zygote.start("flicker")
     while not list(checkpoints.glob("step-*")) and not zygote.is_done():
         time.sleep(0.001)
-    os.kill(pid, 19)  # SIGSTOP, so that the mounts cannot meet a save
+    os.kill(pid, signal.SIGSTOP)  # so that the mount cannot meet a save
     _sh("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(checkpoints))
-    os.kill(pid, 18)
+    os.kill(pid, signal.SIGCONT)
     alive = _until_said(zygote, "was not saved")
     _sh("umount", "--lazy", str(checkpoints))
     code, said = zygote.wait()

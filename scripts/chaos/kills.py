@@ -70,7 +70,8 @@ def kill_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed: 
 
 
 def signal_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed: str, until: float) -> None:
-    """SIGTERM or SIGINT at a random moment; the process must leave the step it is in on the disk and exit with 4."""
+    """SIGTERM or SIGINT at a random moment; the process must leave the step it is in on the disk and exit with 4. One
+    in four is followed by another, so that it exits at once."""
     chance = random.Random(f"signal {seed}")
     number = 0
     while quota.open and time.monotonic() < until:
@@ -85,6 +86,10 @@ def signal_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed
                 _pause(chance.uniform(0.0, zygote.seconds), zygote)
                 if not zygote.is_done():
                     os.kill(pid, name)
+                if chance.random() < 0.25:
+                    _pause(chance.uniform(0.0, 0.03), zygote)
+                    if not zygote.is_done():
+                        os.kill(pid, signal.SIGTERM)
             code, said = zygote.wait()
             if code == 0:
                 problem = place.difference(run_id)
@@ -93,6 +98,10 @@ def signal_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed
                 signals += 1
                 quota.count(False)
                 problem = _stopped_badly(place.runs / run_id)
+            elif code == 1 and "second signal" in said:
+                signals += 1
+                quota.count(False)
+                tally.note(GROUP_SIGNALS, a_second_one_ended_it=1)
             elif code in (-signal.SIGTERM, 130):  # before the run was open: nothing to save yet
                 signals += 1
                 quota.count(False)

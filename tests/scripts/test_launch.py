@@ -76,6 +76,7 @@ def test_a_run_outlives_its_caller_and_is_stopped_continued_killed_and_collected
         assert status.state == "running" and status.last_checkpoint_step >= 20 and f"process {pid}" in status.owner
         assert status.total_tokens == 4_000_000 and status.seconds_left > 0 and status.tokens_per_second > 0
         assert "is running" in launch("resume", "away", code=2)
+        assert [run["state"] for run in json.loads(launch("list", "--json"))] == ["running"]
         follow = [sys.executable, "-m", "scripts.launch", "logs", "away", "-f", "-n", "1"]
         follower = subprocess.Popen(follow, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
         shown = launch("stop", "away")
@@ -97,6 +98,7 @@ def test_a_run_outlives_its_caller_and_is_stopped_continued_killed_and_collected
     killed = read_receipt(folder)
     assert killed["status"] == "killed" and "found dead" in killed["reason"]
     assert "everything that was checked matches" in launch("collect", "away")
+    assert "away" in launch("list") and "killed" in launch("status", "away")
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
     shown = launch("collect", "away", code=1)
     assert "config.yaml" in shown and "DIFFERS" in shown and "1 of" in shown
