@@ -1,7 +1,8 @@
 """Text -> tokenizer, token shards and a manifest, made once and cached under `artifacts/`.
 
 A preparation is written to a hidden temporary folder, brought to the disk and renamed: it is there as a whole or not
-at all, whenever the process was killed. A lock file lets several processes ask for the same one at once.
+at all, whenever the process was killed. What was tokenised by then stays in that folder and is not done again. A lock
+file lets several processes ask for the same one at once.
 """
 
 from __future__ import annotations
@@ -15,30 +16,40 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from data import parts
 from data.config import ANSWER_SOURCES, CorpusSpec, DataConfig
 from data.corpora import open_corpus
-from data.documents import Document, Segment
 from data.megatron import external_shards, external_split
 from data.prepared import FORMAT, MANIFEST, Prepared, open_prepared
 from data.shards import bin_path, idx_path
 from data.split import TEST, TRAIN, VALIDATION, Survey, sample, survey
 from data.split_writer import SplitWriter, sync_folder
 from data.tokenizer import Tokenizer, recorded_sha256, train_tokenizer
+from data.workers import Workers
 from errors import InputError
 
 # (stage, done, total): called often; total 0 = unknown.
 Progress = Callable[[str, int, int], None]
 
+PARTS = "parts"
 _SHARD_TOKENS = 1 << 29
-_BATCH_BYTES = 4 << 20
 # Raise when a change here or in what it calls makes other tokens out of the same text.
 _RECIPE = 1
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How tokens are made; the same ones come of any."""
+
+    progress: Progress
+    workers: int
+    shard_tokens: int
+    part_bytes: int
 
 
 def prepare(
@@ -46,10 +57,12 @@ def prepare(
     artifacts_dir: str | Path = "artifacts",
     progress: Progress | None = None,
     *,
-    threads: int | None = None,
+    workers: int | None = None,
     shard_tokens: int = _SHARD_TOKENS,
+    part_bytes: int = parts.PART_BYTES,
 ) -> Prepared:
-    """The corpus that a config names, from the cache or made now. threads: for tokenising; None = all cores.
+    """The corpus that a config names, from the cache or made now. workers: processes that tokenise; None = one per
+    core. Killed and called again, it goes on behind the parts that are done.
 
     Raises InputError: nothing to read, binary file, vocabulary too large for the text, damaged tokenizer or shard.
     """
@@ -63,15 +76,18 @@ def prepare(
     with _lock(folder):
         if not folder.is_dir():  # another process may have made it while we waited
             temporary = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: the lock is ours
-            temporary.mkdir()
+            _keep_parts(temporary)  # of a killed process: the lock is ours
+            temporary.mkdir(exist_ok=True)
             try:
-                _write(config, temporary, progress or _silent, threads or os.cpu_count() or 1, shard_tokens)
+                _write(config, temporary, _Manner(progress or _silent, workers or _cores(), shard_tokens, part_bytes))
                 sync_folder(temporary)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
-            except BaseException:
+            except InputError:
                 shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            except BaseException:
+                _keep_parts(temporary)
                 raise
     return open_prepared(folder)
 
@@ -85,15 +101,15 @@ def prepared_folder(config: DataConfig, artifacts_dir: str | Path = "artifacts")
     tokenizer: dict[str, Any] = {"vocab_size": config.tokenizer.vocab_size, "sample": config.tokenizer.sample_bytes}
     if config.tokenizer.path is not None:
         tokenizer = {"sha256": Tokenizer.load(config.tokenizer.path, recorded_sha256(config.tokenizer.path)).sha256}
-    parts = []
+    described = []
     for spec in specs:
         if spec.source == "megatron":
             stats = [path.stat() for s in external_shards(spec) for path in (bin_path(s.prefix), idx_path(s.prefix))]
-            parts.append([spec.label, spec.weight, [[stat.st_size, stat.st_mtime_ns] for stat in stats]])
+            described.append([spec.label, spec.weight, [[stat.st_size, stat.st_mtime_ns] for stat in stats]])
         else:
             part = [spec.label, spec.weight, open_corpus(spec, config).fingerprint()]
-            parts.append([*part, _test_fraction(config, spec)] if spec.source in ANSWER_SOURCES else part)
-    settings = [_RECIPE, FORMAT, parts, tokenizer, config.validation_fraction]
+            described.append([*part, _test_fraction(config, spec)] if spec.source in ANSWER_SOURCES else part)
+    settings = [_RECIPE, FORMAT, described, tokenizer, config.validation_fraction]
     if config.train_fraction < 1:
         settings.append(config.train_fraction)
     key = json.dumps(settings)
@@ -109,13 +125,13 @@ def _test_fraction(config: DataConfig, spec: CorpusSpec) -> float:
     return config.test_fraction
 
 
-def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, shard_tokens: int) -> None:
+def _write(config: DataConfig, folder: Path, manner: _Manner) -> None:
     specs = config.corpora()
     notes: list[str] = []
     surveys: dict[str, Survey] = {}
     for spec in specs:
         if spec.source != "megatron":
-            report = partial(_report, progress, f"reading {spec.label}")
+            report = partial(_report, manner.progress, f"reading {spec.label}")
             surveys[spec.label] = survey(
                 open_corpus(spec, config),
                 spec.label,
@@ -125,7 +141,7 @@ def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, s
                 train_fraction=config.train_fraction,
             )
             notes += surveys[spec.label].notes
-    tokenizer = _tokenizer(config, specs, surveys, progress)
+    tokenizer = _tokenizer(config, specs, surveys, manner.progress)
     model = folder / "tokenizer.model"
     model.write_bytes(tokenizer.model)
     (folder / "tokenizer.model.sha256").write_text(f"{tokenizer.sha256}  tokenizer.model\n")
@@ -136,7 +152,7 @@ def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, s
             entry |= external_split(spec, config.validation_fraction)
         else:
             prefix = f"{number}-{spec.source}"
-            entry |= _tokenise(surveys[spec.label], spec, tokenizer, folder, prefix, progress, threads, shard_tokens)
+            entry |= _tokenise(surveys[spec.label], spec, tokenizer, folder, prefix, manner)
             if not entry.pop("exact"):
                 notes.append(f"{spec.label}: this tokenizer changes the text, so bits per byte are of its own output")
         corpora.append(entry)
@@ -154,6 +170,7 @@ def _write(config: DataConfig, folder: Path, progress: Progress, threads: int, s
         "corpora": corpora,
         "notes": notes,
     }
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     for path in folder.iterdir():
         if path.is_file():
@@ -176,36 +193,24 @@ def _tokenizer(
 
 
 def _tokenise(
-    source: Survey,
-    spec: CorpusSpec,
-    tokenizer: Tokenizer,
-    folder: Path,
-    prefix: str,
-    progress: Progress,
-    threads: int,
-    shard_tokens: int,
+    source: Survey, spec: CorpusSpec, tokenizer: Tokenizer, folder: Path, prefix: str, manner: _Manner
 ) -> dict[str, Any]:
-    """Writes the shards of both splits and returns their entry in the manifest."""
+    """Writes the shards of all splits and returns their entry in the manifest."""
+    paths = _tokenise_parts(source, spec.label, tokenizer, folder, prefix, manner)
+    entry: dict[str, Any] = {"duplicates": source.duplicates, "exact": True}
     has_answers = spec.source in ANSWER_SOURCES
     names = [TRAIN, VALIDATION] + ([TEST] if source.test_bytes else [])
-    splits = {name: SplitWriter(folder, f"{prefix}/{name}", tokenizer, shard_tokens, has_answers) for name in names}
-    token_bytes = tokenizer.token_bytes()
-    total, done, exact = source.train_bytes + source.validation_bytes + source.test_bytes, 0, True
-    if source.train_fraction < 1:
-        total = 0  # unknown before it is read
+    splits = {
+        name: SplitWriter(folder, f"{prefix}/{name}", tokenizer, manner.shard_tokens, has_answers) for name in names
+    }
     try:
-        for documents in _batches(source.documents()):
-            segments = [document.segments or (Segment(document.text, "answer"),) for document, _ in documents]
-            texts = [segment.text for parts in segments for segment in parts]
-            encoded = iter(tokenizer.encode_batch(texts, threads))
-            for (document, split), parts in zip(documents, segments):
-                ids, mask = _tokens(parts, encoded, tokenizer)
-                size = len(document.text.encode())
-                exact = exact and int(token_bytes[ids].sum()) == size
-                splits[split].add(ids, size, mask)
-                done += size
-            progress(f"tokenising {spec.label}", done, total)
-        entry: dict[str, Any] = {"duplicates": source.duplicates, "exact": exact}
+        for path in paths:
+            found = parts.load(path)
+            entry["exact"] &= bool(found["exact"])
+            for name, writer in splits.items():
+                for document in parts.documents(found, name):
+                    writer.add(*document)
+            manner.progress(f"writing shards of {spec.label}", 0, 0)
         for name, writer in splits.items():
             entry[name] = writer.close()
             if entry[name]["documents"] == 0:
@@ -216,31 +221,52 @@ def _tokenise(
     return entry
 
 
-def _tokens(
-    segments: tuple[Segment, ...], encoded: Iterator[np.ndarray], tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """A document's tokens and which of them are learned: answers and the end token behind each."""
-    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    ids, mask = [begin], [[0] * len(begin)]
-    for segment, tokens in zip(segments, encoded):
-        is_answer = segment.part == "answer"
-        whole = [*tokens.tolist(), tokenizer.eos_id] if is_answer else tokens.tolist()
-        ids.append(whole)
-        mask.append([int(is_answer)] * len(whole))
-    return np.concatenate(ids).astype(np.int32), np.concatenate(mask).astype(np.uint8)
+def _tokenise_parts(
+    source: Survey, label: str, tokenizer: Tokenizer, folder: Path, prefix: str, manner: _Manner
+) -> list[Path]:
+    """Tokenises what is not there yet, here (a corpus of one part) or in processes; the parts' files in order."""
+    total = source.train_bytes + source.validation_bytes + source.test_bytes
+    count = min(manner.workers, -(-total // manner.part_bytes))
+    if source.train_fraction < 1:
+        total = 0  # unknown before it is read
+    (folder / PARTS).mkdir(exist_ok=True)
+    paths: list[Path] = []
+    done = 0
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(Workers(count, folder / "tokenizer.model")) if count > 1 else None
+        for part in parts.cut(source.documents(), manner.part_bytes):
+            path, digest = folder / PARTS / f"{prefix}-{part.number:06d}.npz", part.digest(tokenizer)
+            paths.append(path)
+            if parts.is_done(path, digest):
+                done += part.n_bytes
+            elif workers is not None:
+                workers.give(part, path, digest)
+            else:
+                parts.save(path, parts.tokenise(part.items, tokenizer, manner.workers), digest)
+                done += part.n_bytes
+            manner.progress(f"tokenising {label}", done + (workers.finished_bytes if workers else 0), total)
+        while workers is not None and workers.wait():
+            manner.progress(f"tokenising {label}", done + workers.finished_bytes, total)
+    sync_folder(folder / PARTS)
+    return paths
 
 
-def _batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
-    batch: list[tuple[Document, str]] = []
-    size = 0
-    for item in documents:
-        batch.append(item)
-        size += len(item[0].text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _keep_parts(folder: Path) -> None:
+    """Removes all of a preparation but its finished parts; all of it if there is none."""
+    if not any((folder / PARTS).glob("*.npz")):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != PARTS:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    for path in (folder / PARTS).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

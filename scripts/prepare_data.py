@@ -14,7 +14,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.prepare import prepare
 from data.prepared import Prepared, verify
 from data.progress import show_progress
-from errors import InputError, exit_with
+from errors import InputError, exit_with, require
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", metavar="FILE", help="use this sentencepiece model instead of training one")
     parser.add_argument("--validation-fraction", type=float, default=defaults.validation_fraction)
     parser.add_argument("--artifacts", default="artifacts", help="where it is cached")
-    parser.add_argument("--threads", type=int, help="for tokenising (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes that tokenise (default: one per core)")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare sha256")
     args = parser.parse_args()
     config = DataConfig(
@@ -42,9 +42,10 @@ def main() -> int:
         tokenizer=TokenizerConfig(vocab_size=args.vocab_size, path=args.tokenizer),
     )
     config.validate("data")
+    require(args.workers is None or args.workers > 0, "--workers", f"expected at least 1, got {args.workers}")
     start = time.monotonic()
     with show_progress() as progress:
-        prepared = prepare(config, args.artifacts, progress, threads=args.threads)
+        prepared = prepare(config, args.artifacts, progress, workers=args.workers)
         by_size = verify(prepared.folder, progress) if args.verify else []
     _describe(prepared)
     for line in by_size:

@@ -44,7 +44,7 @@ def test_second_call_is_instant_and_equal(prepared: Prepared, text_config: DataC
 
 
 def test_prepared_twice_is_the_same_to_the_byte(prepared: Prepared, text_config: DataConfig, tmp_path: Path) -> None:
-    again = prepare(text_config, tmp_path, threads=1, shard_tokens=1500)
+    again = prepare(text_config, tmp_path, workers=1, shard_tokens=1500)
     assert again.manifest_sha256 == prepared.manifest_sha256
     assert len(again.manifest["corpora"][0]["train"]["shards"]) > 2
     assert verify(again.folder) == []
@@ -87,8 +87,16 @@ def test_changed_files_are_prepared_anew(tmp_path: Path) -> None:
     assert second.folder != first.folder and second.manifest_sha256 != first.manifest_sha256
 
 
+def assert_parts_alone(folder: Path) -> list[Path]:
+    """The hidden folder of an interrupted preparation holds finished parts and nothing else; they are returned."""
+    (left,) = entries(folder)
+    assert left.startswith(".") and left.endswith(".partial")
+    assert [path.name for path in (folder / left).iterdir()] == ["parts"]
+    return sorted((folder / left / "parts").iterdir())
+
+
 @pytest.mark.parametrize("where", ["train_tokenizer", "_tokenise", "sync_folder"])
-def test_a_failure_midway_leaves_nothing(
+def test_a_failure_midway_leaves_nothing_but_finished_parts(
     text_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def fail(*args: object) -> None:
@@ -97,7 +105,10 @@ def test_a_failure_midway_leaves_nothing(
     monkeypatch.setattr(module, where, fail)
     with pytest.raises(OSError, match="disk full"):
         prepare(text_config, tmp_path)
-    assert entries(tmp_path) == []
+    if where == "sync_folder":
+        assert_parts_alone(tmp_path)
+    else:
+        assert entries(tmp_path) == []
     monkeypatch.undo()
     assert prepare(text_config, tmp_path).train_tokens > 0
 
