@@ -150,15 +150,20 @@ class RunConfig:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
 
-def _is_manner(key: str) -> bool:
+def _is_manner(key: str, value: Any) -> bool:
     """How and where a run is done, not what: its name, its processes and its micro-batches. May change on a resume."""
+    if key == "parallel.gather" and value != "fp32":
+        return False  # rounded weights make another run
     return key in ("run_id", "resume", "train.accumulation") or key.startswith("parallel.")
 
 
 def config_sha256(merged: dict[str, Any]) -> str:
     """Of a merged config as plain values (also one read back from a run folder's config.yaml)."""
-    identity = {key: value for key, value in _flatten(merged) if not _is_manner(key)}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_identity(merged), sort_keys=True).encode()).hexdigest()
+
+
+def _identity(merged: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _flatten(merged) if not _is_manner(key, value)}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -201,9 +206,8 @@ def merge(base: DictConfig | RunConfig, overrides: Iterable[str], source: str = 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
     """Dotted keys of the identity whose values differ."""
-    flat_a, flat_b = dict(_flatten(dataclasses.asdict(a))), dict(_flatten(dataclasses.asdict(b)))
-    keys = sorted(flat_a.keys() | flat_b.keys())
-    return [key for key in keys if not _is_manner(key) and flat_a.get(key) != flat_b.get(key)]
+    one, other = _identity(dataclasses.asdict(a)), _identity(dataclasses.asdict(b))
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
 from training.compile import compile_blocks
 from training.recompute import RECOMPUTE, recompute
-from training.sharding import shard
+from training.sharding import GATHERED, shard
 
 T = TypeVar("T")
 SHARED_ERRORS = {kind.__name__: kind for kind in (InputError, PreflightError, StorageError)}
@@ -44,12 +44,19 @@ class ParallelConfig:
     # Which activations of a block are computed again in the backward pass: none | selective | full. The hidden states
     # at the boundaries are always kept: STP reads them.
     recompute: str = "none"
+    # How blocks' weights travel for their passes. fp32: as they are, which is what one process computes. bf16: half the
+    # bytes, every parameter of a block rounded (norms and decays too); needs precision bf16. Weights, gradients'
+    # sums, optimizer and the residual stream stay float32. Part of a run's identity where it is bf16.
+    gather: str = "fp32"
     # A collective that takes longer than this ends the job (a rank has died or hangs).
     timeout_seconds: float = 600.0
 
     def validate(self, path: str = "parallel") -> None:
         require_choice(f"{path}.data", self.data, KINDS)
         require_choice(f"{path}.recompute", self.recompute, RECOMPUTE)
+        require_choice(f"{path}.gather", self.gather, GATHERED)
+        problem = f"{self.gather} is for ddp, fsdp and hsdp (also of one process); data is none, which gathers nothing"
+        require(self.gather == "fp32" or self.data != "none", f"{path}.gather", problem)
         require_number(f"{path}.timeout_seconds", self.timeout_seconds, 1.0)
         if self.shard_ranks is not None:
             require_number(f"{path}.shard_ranks", self.shard_ranks, 1)
@@ -140,7 +147,7 @@ class World:
         if compile_mode == "blocks":
             compile_blocks(model)
         if self.mesh is not None:
-            shard(model, self.mesh)
+            shard(model, self.mesh, self.config.gather)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place; returns it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from blocks.kernels import attention, grouped_experts, linear_cross_entropy, m2rnn_mixer, mamba2
+from errors import require
 from training.config import RunConfig
 from training.machine import (
     Precision,
@@ -44,6 +45,8 @@ class Machine:
         """Raises InputError for a device that is not there."""
         device = resolve_device(config.device)
         precision = resolve_precision(config.precision, device)
+        problem = f"{config.parallel.gather} rounds the weights that products read, and precision is {precision.name}"
+        require(config.parallel.gather in ("fp32", precision.name), "parallel.gather", problem)
         malloc = tune_malloc(config.malloc)
         threads = configure_threads(config.threads)
         return cls(device, precision, threads, malloc, gemm_gflops(device, precision.dtype))

@@ -22,6 +22,7 @@ from training.plan_cost import (
 )
 from training.plan_hardware import Cluster
 from training.plan_memory import F32, Memory, Stack, peak_memory
+from training.sharding import GATHERED
 from training.summary import meta_model, parameter_counts
 
 GIB = 2**30
@@ -147,17 +148,19 @@ class _Planner:
     def estimate(self, setting: Setting) -> Estimate:
         cluster, assumed = self.cluster, self.assumptions
         stack, shards = self.stack(setting.micro_rows, setting.recompute), self.shards(setting.kind)
-        memory = peak_memory(stack, shards, setting.kind != "none", setting.micro_batches > 1)
+        gathered = GATHERED[self.config.parallel.gather] or torch.float32
+        width = gathered.itemsize
+        memory = peak_memory(stack, shards, setting.kind != "none", setting.micro_batches > 1, width)
         needed = memory.total / GIB * (1 + assumed.fragmentation) + assumed.reserved_gib
         flops = flops_per_token(self.model, self.length, setting.recompute)
         sent = communication(
-            setting.kind,
             stack.parameters,
             stack.root,
             shards,
             setting.micro_batches,
             cluster,
             assumed.link_efficiency,
+            width,
         )
         time = step_time(flops, self.rank_rows * self.length, stack.parameters // shards, sent, cluster, assumed.mfu)
         tokens = self.config.train.batch_rows * self.length

@@ -84,9 +84,16 @@ class Communication:
 
 
 def communication(
-    kind: str, parameters: int, root: int, shards: int, micro_batches: int, cluster: Cluster, efficiency: float
+    parameters: int,
+    root: int,
+    shards: int,
+    micro_batches: int,
+    cluster: Cluster,
+    efficiency: float,
+    weight_bytes: int = F32,
 ) -> Communication:
-    """Weights and gradients travel as float32, every micro-batch gathers and reduces (training/distributed.py).
+    """Gradients and the root travel as float32, blocks' weights in weight_bytes each (parallel.gather); every
+    micro-batch gathers and reduces (training/sharding.py).
 
     root: parameters of embedding, norm and head, which stay gathered between forward and backward. shards: ranks that
     share one copy.
@@ -94,7 +101,7 @@ def communication(
     if cluster.gpus == 1:
         return Communication(0.0, 0.0, 0.0)
     groups = cluster.gpus // shards
-    gathered, reduced = F32 * (2 * (parameters - root) + root), F32 * parameters
+    gathered, reduced = 2 * weight_bytes * (parameters - root) + F32 * root, F32 * parameters
     share = (shards - 1) / shards
     gather_bytes, reduce_bytes = gathered * share, reduced * share
     seconds = cluster.ring_seconds(gathered + reduced, shards, efficiency)

@@ -84,18 +84,20 @@ class Stack:
         return self.root + sum(block.parameters for block in self.blocks)
 
 
-def peak_memory(stack: Stack, shards: int = 1, gathers: bool = False, accumulates: bool = False) -> Memory:
-    """shards: ranks that share one copy of weights, gradients and optimizer. gathers: FSDP2 is at work.
-    accumulates: several micro-batches per step, so gradients are there from the start."""
-    return max(_moments(stack, shards, gathers, accumulates), key=lambda memory: memory.total)
+def peak_memory(
+    stack: Stack, shards: int = 1, gathers: bool = False, accumulates: bool = False, weight_bytes: int = F32
+) -> Memory:
+    """shards: ranks that share one copy of weights, gradients and optimizer. gathers: FSDP2 is at work, with blocks'
+    weights in weight_bytes each. accumulates: several micro-batches per step, so gradients are there from the start."""
+    return max(_moments(stack, shards, gathers, accumulates, weight_bytes), key=lambda memory: memory.total)
 
 
-def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool) -> Sequence[Memory]:
+def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool, weight_bytes: int) -> Sequence[Memory]:
     blocks, state = stack.blocks, stack.state
     weights = F32 * -(-stack.parameters // shards)
     optimizer = ADAMW_AVERAGES * weights
     largest = max(block.parameters for block in blocks)
-    gathered = F32 * (stack.root + 3 * largest) if gathers else 0
+    gathered = F32 * stack.root + 3 * weight_bytes * largest if gathers else 0
     reducing = F32 * largest if gathers else 0
     kept = [block.kept - block.output for block in blocks]
     kept_open = [block.kept_in_autocast - block.output for block in blocks]

@@ -6,20 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+# parallel.gather -> the dtype in which a block's weights are gathered; None: their own.
+GATHERED = {"fp32": None, "bf16": torch.bfloat16}
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks.
 
-    Weights are gathered in their own dtype and forward inputs are not cast: autocast does what it does in one process,
-    and the residual stream stays float32 at every boundary.
+def shard(model: nn.Module, mesh: DeviceMesh, gathered: str = "fp32") -> None:
+    """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks, in float32.
+
+    Forward inputs are not cast, and the root (whose embedding begins the residual stream) is gathered as it is: so the
+    residual stream stays float32 at every boundary, and with `gathered` fp32 autocast does what it does in one process.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
+    of_blocks = as_they_are
+    if GATHERED[gathered] is not None:
+        of_blocks = MixedPrecisionPolicy(GATHERED[gathered], reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def placement(parameter: nn.Parameter) -> Shard:
         """The first dimension that all ranks get an equal part of (16 experts do not go round 64 ranks), else 0."""
@@ -29,6 +36,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
     blocks: Any = model.blocks
     for module in [*blocks, model]:
+        policy = as_they_are if module is model else of_blocks
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction

@@ -62,23 +62,26 @@ def test_a_ring_by_hand():
     assert cluster(16).exchange_seconds(2e9, 2, 1.0) == pytest.approx(1 / 50)
 
 
-def sent(kind, shards, gpus, micro_batches=1):
-    return communication(kind, 1000, 200, shards, micro_batches, cluster(gpus), 1.0)
+def sent(shards, gpus, micro_batches=1, weight_bytes=4):
+    return communication(1000, 200, shards, micro_batches, cluster(gpus), 1.0, weight_bytes)
 
 
 def test_communication_by_hand():
-    assert sent("none", 1, 1) == Communication(0.0, 0.0, 0.0)
+    assert sent(1, 1) == Communication(0.0, 0.0, 0.0)
     # fsdp on 8: blocks gathered twice, the root once, gradients once, float32, 7/8 of it leaves a rank
-    fsdp = sent("fsdp", 8, 8)
+    fsdp = sent(8, 8)
     assert (fsdp.gather_bytes, fsdp.reduce_bytes) == (4 * 1800 * 7 / 8, 4 * 1000 * 7 / 8)
+    # blocks' weights rounded to two bytes, the root's and all gradients not
+    rounded = sent(8, 8, weight_bytes=2)
+    assert (rounded.gather_bytes, rounded.reduce_bytes) == ((2 * 1600 + 4 * 200) * 7 / 8, fsdp.reduce_bytes)
     # ddp: an all-reduce of everything
-    ddp = sent("ddp", 1, 8)
+    ddp = sent(1, 8)
     assert (ddp.gather_bytes, ddp.reduce_bytes) == (0, 2 * 4 * 1000 * 7 / 8)
     # hsdp on two nodes: fsdp inside each, and an all-reduce of the shard between them
-    hsdp = sent("hsdp", 8, 16)
+    hsdp = sent(8, 16)
     assert hsdp.gather_bytes == fsdp.gather_bytes
     assert hsdp.reduce_bytes == fsdp.reduce_bytes + 2 * (4 * 1000 / 8) / 2
-    assert sent("fsdp", 8, 8, micro_batches=3).total_bytes == 3 * fsdp.total_bytes
+    assert sent(8, 8, micro_batches=3).total_bytes == 3 * fsdp.total_bytes
 
 
 def test_a_step_by_hand():
