@@ -35,7 +35,9 @@ def replace_atomically(path: Path, data: bytes) -> None:
     try:
         write_durably(temporary, data)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file, others the temporary one
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
