@@ -22,6 +22,7 @@ from losses.objective import Objective
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from training import summary
+from training.building import filling, without_memory
 from training.config import RunConfig, load_config
 from training.distributed import World
 from training.evidence import gradient_evidence
@@ -68,13 +69,14 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
     with show_progress() as progress:
         data = world.main_first(lambda: prepare(config.data, progress=progress))
 
-    model = HybridLM(config.model, data.vocab_size)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
+    with without_memory():
+        model = HybridLM(config.model, data.vocab_size)
     objective = Objective(config.stp, model.letters, seed=config.seed)
     if predictor := objective.make_predictor(config.model.d_model):
         model.stp_predictor = predictor  # stp.predictor: trained and saved with the model
-    model.to(machine.device).train()
-    world.parallelize(model, config.train.compile)
+    model.train()
+    weights = filling(model, torch.Generator().manual_seed(config.seed), machine.device)
+    world.parallelize(model, config.train.compile, weights)
     optimizer = build_optimizer(model, config.optimizer)
     gate = TokenGate(config.stp.gate, config.stp.weight)
     stream = TrainStream(data, config.data.sequence_length, config.train.batch_rows, seed=config.seed)

@@ -75,7 +75,11 @@ class HybridLM(nn.Module):
         self.blocks = nn.ModuleList(self._block(letter) for letter in self.letters)
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
-        if config.head == "tied":
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the embedding matrix the head where the config says so (again, where tensors were replaced)."""
+        if self.config.head == "tied":
             self.head.weight = self.embedding.weight
 
     @property
@@ -90,13 +94,21 @@ class HybridLM(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fills every parameter in place; on a meta model call `to_empty` first."""
+        self.init_root(generator)
+        for block in self.stack:
+            self.init_block(block, generator)
+
+    def init_root(self, generator: torch.Generator | None = None) -> None:
+        """The first part of `init_weights`: embedding, head, final norm."""
         nn.init.normal_(self.embedding.weight, std=0.02 if self.config.head == "tied" else 1.0, generator=generator)
         if self.config.head == "untied":
             nn.init.normal_(self.head.weight, std=self.config.d_model**-0.5, generator=generator)
         nn.init.ones_(self.final_norm.weight)
-        for block in self.stack:
-            nn.init.ones_(block.norm.weight)
-            block.mixer.init_weights(len(self.blocks), generator)
+
+    def init_block(self, block: Block, generator: torch.Generator | None = None) -> None:
+        """One of the parts that follow, in the order of the stack."""
+        nn.init.ones_(block.norm.weight)
+        block.mixer.init_weights(len(self.blocks), generator)
 
     def forward(self, tokens: Tensor, context: SequenceContext) -> HybridOutput:
         """tokens: (B, T) int64. The residual stream stays float32 (float64 in a float64 model) at every boundary."""

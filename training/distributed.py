@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
+from training.building import Fill
 from training.compile import compile_blocks
 from training.recompute import RECOMPUTE, recompute
 from training.sharding import GATHERED, shard
@@ -140,14 +141,22 @@ class World:
         rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)
         return Batch(batch.tokens[rows], labels[rows], batch.document_ids[rows], batch.row_ids[rows])
 
-    def parallelize(self, model: Any, compile_mode: str = "none") -> None:
-        """Recomputation, then compilation, then sharding: per block, in place. compile_mode: none | blocks."""
+    def parallelize(self, model: Any, compile_mode: str = "none", fill: Fill | None = None) -> None:
+        """Recomputation, then compilation, then sharding: per block, in place. compile_mode: none | blocks.
+
+        fill: gives a model without memory its weights (training/building.py), of each block just before it is cut.
+        """
+        fill = fill or (lambda part: None)
         for block in model.blocks:
             recompute(block, self.config.recompute)
         if compile_mode == "blocks":
             compile_blocks(model)
+        fill(model)
         if self.mesh is not None:
-            shard(model, self.mesh, self.config.gather)
+            shard(model, self.mesh, self.config.gather, before=fill)
+        else:
+            for block in model.blocks:
+                fill(block)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place; returns it."""

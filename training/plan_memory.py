@@ -7,7 +7,7 @@ One process: weights, gradients and AdamW's two averages are float32 and whole. 
 the ranks that share a copy, and FSDP2 gathers whole blocks for their passes: two at a time (the next one is fetched
 early), their flat buffer, and in the backward pass the flat buffer of the gradients that are being summed; the root
 (embedding, final norm, head) stays gathered. ddp is hsdp with groups of one rank (training/distributed.py), so blocks
-are copied there too.
+are copied there too. The start needs less: a model is cut while it is made, block by block (training/building.py).
 """
 
 from __future__ import annotations
@@ -115,8 +115,6 @@ def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool, weight
         sizes = (weights, gradients, optimizer, gathered, states, activations, working)
         found.append(Memory(*sizes, name))
 
-    if gathers:  # every rank builds the whole model and then cuts it
-        found.append(Memory(F32 * stack.parameters, 0, 0, 0, 0, 0, 0, "start"))
     first = weights if accumulates else 0  # gradients that are there when a pass begins
     for index, block in enumerate(blocks):
         begun = (index + 1) * state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,17 @@ from torch.distributed.tensor import DTensor, Shard
 GATHERED = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, gathered: str = "fp32") -> None:
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    gathered: str = "fp32",
+    before: Callable[[nn.Module], None] = lambda block: None,
+) -> None:
     """FSDP2 per block, then the root (embedding, final norm, head), with gradients summed over ranks, in float32.
 
     Forward inputs are not cast, and the root (whose embedding begins the residual stream) is gathered as it is: so the
     residual stream stays float32 at every boundary, and with `gathered` fp32 autocast does what it does in one process.
+    before: called with each block before it is cut.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -33,16 +39,24 @@ def shard(model: nn.Module, mesh: DeviceMesh, gathered: str = "fp32") -> None:
         shards = mesh.size(mesh.ndim - 1)
         return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % shards == 0), 0))
 
-    marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
     blocks: Any = model.blocks
     for module in [*blocks, model]:
         policy = as_they_are if module is model else of_blocks
+        if module is not model:
+            before(module)
+        marks = {name: vars(parameter).copy() for name, parameter in _own(module, model)}
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
         register_fsdp_forward_method(module, "step")
-    for name, parameter in model.named_parameters():  # new objects: what was noted on the old ones moves over
-        vars(parameter).update(marks[name])
+        for name, parameter in _own(module, model):  # new objects: what was noted on the old ones moves over
+            vars(parameter).update(marks[name])
+
+
+def _own(module: nn.Module, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are cut with a module: a block's; the model's without those of the blocks."""
+    named = module.named_parameters()
+    return [(name, parameter) for name, parameter in named if module is not model or not name.startswith("blocks.")]
 
 
 @contextmanager

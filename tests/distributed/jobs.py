@@ -7,6 +7,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+# memory that is freed goes back at once, so that a resident size says what is alive
+FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PATIENCE = "parallel.timeout_seconds=60"  # a rank that waits for the others in vain fails with a traceback
 
@@ -19,7 +21,8 @@ def command(ranks, script, *arguments, restarts=0):
     return [*python, str(HERE / script), *map(str, arguments)]
 
 
-def run(ranks, script, *arguments, cwd, timeout=150):
-    """ranks 0: one process without torchrun."""
+def run(ranks, script, *arguments, cwd, timeout=280, **environment):
+    """ranks 0: one process without torchrun. timeout: with room for kernels that are compiled for the first time."""
     line = command(ranks, script, *arguments)
-    return subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

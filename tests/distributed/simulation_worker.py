@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from losses.objective import Objective
 from model.context import SequenceContext
 from model.hybrid import HybridLM
+from training.building import filling, without_memory
 from training.config import load_config
 from training.distributed import World, make_mesh
 from training.optimizer import build_optimizer
@@ -27,11 +28,12 @@ def main(path, rank, *overrides):
     config = load_config(path, overrides)
     dist.init_process_group("fake", store=FakeStore(), rank=int(rank), world_size=RANKS)
     mesh = make_mesh(config.parallel, "cpu", RANKS)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_memory():
         model = HybridLM(config.model, 32_000).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
         total = sum(parameter.numel() for parameter in model.parameters())
         world = World(config.parallel, torch.device("cpu"), int(rank), RANKS, mesh)
-        world.parallelize(model)
+        world.parallelize(model, fill=filling(model, torch.Generator(), torch.device("cpu")))
         optimizer = build_optimizer(model, config.optimizer)
         objective = Objective(config.stp, model.letters)
         objective.join = lambda output: None  # the CPU kernel reads memory, which is not there

@@ -125,13 +125,6 @@ def test_shards_cut_what_is_kept_and_add_what_is_gathered():
     assert cut.gathered == 4 * (50 + 3 * 100)
 
 
-def test_a_rank_that_cuts_the_model_holds_it_whole_once():
-    block = Held(10_000, 0, 0, 0, 0, 0)
-    stack = by_hand(blocks=(block,) * 8)
-    peak = peak_memory(stack, shards=10_000, gathers=True)
-    assert (peak.moment, peak.total) == ("start", 4 * stack.parameters)
-
-
 def test_a_tied_head_is_counted_once():
     config = load_config(DEMO, ["model.head=tied", "model.pattern=E"])
     stack = Stack.trace(config.model, 512, 1, 64, torch.float32, "none", "cpu")
