@@ -20,7 +20,7 @@ from errors import InputError
 from scripts.launch import __main__ as command
 from scripts.launch import slurm
 from scripts.launch.collect import verify_run
-from scripts.launch.job import Job
+from scripts.launch.job import Job, local_processes, stop_local
 from scripts.launch.status import describe
 from training.ownership import live_owner, process_identity
 from training.receipt import read_receipt
@@ -30,7 +30,10 @@ LONG = ["train.tokens=4000000", "checkpoint.every_steps=20", "train.log_every=5"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    return make_place(tmp_path, monkeypatch)
+    """A test that fails half-way leaves no run behind: they outlive what starts them, that is the point of them."""
+    yield make_place(tmp_path, monkeypatch)
+    for folder in (tmp_path / "runs").glob("*"):
+        stop_local([p for p in local_processes(folder, Job.read(folder)) if p["pid"] != os.getpid()], now=True)
 
 
 def launch(*arguments, code=0):
@@ -121,7 +124,7 @@ def test_a_start_that_fails_says_so_and_its_status_too(place):
 
 @pytest.mark.slow
 def test_closing_the_terminal_ends_nothing(place):
-    """A real terminal with a shell in the foreground, as a person has it, is closed: the shell is hung up, the run not."""
+    """A real terminal with a shell in the foreground is closed: the shell is hung up, the run is not."""
     typed = shlex.join([sys.executable, "-m", "scripts.launch", "start", "tiny.yaml", "run_id=night", *LONG])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     shell, terminal = pty.fork()

@@ -13,6 +13,7 @@ from tiny_run import ROOT, TINY
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(slurm_daemons.missing() is not None, reason=f"Slurm: {slurm_daemons.missing()}"),
 ]
 
@@ -48,13 +49,14 @@ def test_preempted_requeued_continued_stopped_and_collected(tmp_path, processes)
         def receipt():
             return json.loads((run / "receipt.json").read_text()) if (run / "receipt.json").exists() else {}
 
-        # a limit of two minutes, warned of 100 s earlier: some 20 s of training
+        # a limit of four minutes, warned of 130 s earlier (Slurm: or up to a minute before that): at least 50 s for a
+        # busy machine to begin training
         plan = ["train.tokens=4000000", "checkpoint.every_steps=1000", "train.log_every=50"]
         if processes > 1:
             plan += ["parallel.data=fsdp", "train.accumulation=1", "--nodes", "1", "--processes", str(processes)]
-        limits = ["--time=2", "--sbatch=--signal=USR1@100"]
+        limits = ["--time=4", "--sbatch=--signal=USR1@130"]
         launch("start", "tiny.yaml", "run_id=cluster", *plan, "--backend", "slurm", *limits)
-        until(lambda: receipt().get("status") == "preempted", "the warning")
+        until(lambda: receipt().get("status") == "preempted", "the warning", seconds=240)
         first = receipt()
         assert first["parallel"]["ranks"] == processes
         assert f"step-{first['step']:08d}" in [path.name for path in (run / "checkpoints").iterdir()]
