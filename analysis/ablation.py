@@ -23,7 +23,7 @@ MIN_PAIRS = 5
 class Outcomes:
     """rows: one per finished run. axes: names of columns. metrics: column -> higher | lower is better, first = primary.
 
-    planned: run ids of the whole grid, finished or not.
+    planned: run ids of the whole grid, finished or not. notes: sentences to be said first.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Outcomes:
     costs: list[Row] = field(default_factory=list)
     settings: list[Row] = field(default_factory=list)
     planned: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def points(self) -> list[tuple[Any, ...]]:

@@ -42,7 +42,6 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
         )
     n = max((c.result.n for c in comparisons), default=0)
     smallest = f"{smallest_sign_flip_p(n):.3g}"
-    smallest = f"{smallest_sign_flip_p(n):.3g}"
     parts.append(
         f"95% intervals and p values are Student's (paired); Holm corrects them over all comparisons of one table. The "
         f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: "
@@ -111,7 +110,7 @@ def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]
     """Sentences for the top of the page: what was shown by the primary metric, and what could not have been."""
     primary, direction = next(iter(outcomes.metrics.items()))
     mine = [c for c in comparisons if c.metric == primary]
-    found = []
+    found = list(outcomes.notes)
     for comparison in mine:
         verdict = comparison.verdict(direction)
         if verdict in ("better", "worse"):

@@ -51,6 +51,10 @@ class TokenSample:
     index: Tensor
     valid: Tensor
 
+    def rows(self, n: int) -> TokenSample:
+        """The first n."""
+        return TokenSample(self.index[:n], self.valid[:n])
+
 
 def sample_tokens(lengths: Tensor, n_tokens: int = SAMPLED_TOKENS) -> TokenSample:
     """lengths (N,): the same tokens at every boundary and in every model. Short documents give fewer."""
@@ -77,11 +81,11 @@ class Moments:
         self.direction, self.direction_within = zeros(d_model), zeros()
         self.origin: Tensor | None = None
 
-    def update(self, path: Path, sample: TokenSample, document_index: Tensor) -> None:
-        """path: one document a row. document_index (N,) decides the group."""
-        D = path.states.shape[-1]
-        gather = lambda rows: rows.gather(1, sample.index[..., None].expand(-1, -1, D))  # noqa: E731
-        states, steps = gather(path.states), gather(path.steps)
+    def update(self, hidden: Tensor, sample: TokenSample, document_index: Tensor) -> None:
+        """hidden (N, T, D): one document a row. document_index (N,) decides the group."""
+        row = torch.arange(len(hidden), device=hidden.device)[:, None]
+        states = hidden[row, sample.index]
+        steps = hidden[row, (sample.index + 1).clamp_max(hidden.shape[1] - 1)] - states
         if self.origin is None:
             self.origin = states[sample.valid].mean(0)
         directions = torch.nn.functional.normalize(states, dim=-1) * sample.valid[..., None]

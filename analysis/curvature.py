@@ -19,6 +19,9 @@ from torch.linalg import vector_norm
 
 from analysis.paths import Path, row_mean
 
+# Steps of one product of blocks: short enough to waste little beyond the largest lag.
+BLOCK = 64
+
 
 def curvature_degrees(hidden: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Mean turning angle per row in degrees.
@@ -52,12 +55,26 @@ def tangent_correlation(path: Path, lag: int) -> Tensor:
     1 - C(1) is the consecutive form of the STP loss. C decays towards 0 where a path forgets its direction; negative
     values at lag 1 mean that steps undo each other.
     """
+    return tangent_correlations(path, (lag,))[lag]
+
+
+def tangent_correlations(path: Path, lags: Sequence[int]) -> dict[int, Tensor]:
+    """{m: C(m)} of several lags at once, by products of blocks of steps with the steps up to the largest lag ahead."""
     directions = path.directions
-    n = directions.shape[1] - lag
-    if n <= 0:
-        return torch.full((len(directions),), torch.nan, dtype=torch.float64, device=directions.device)
-    cosines = (directions[:, lag:] * directions[:, :n]).sum(-1)
-    return row_mean(cosines, path.step_pairs(lag))
+    N, n, D = directions.shape
+    fitting = [lag for lag in lags if lag < n]
+    found = {m: torch.full((N,), torch.nan, dtype=torch.float64, device=directions.device) for m in lags}
+    if not fitting:
+        return found
+    reach = max(fitting)
+    n_blocks = -(-n // BLOCK)
+    padded = torch.nn.functional.pad(directions, (0, 0, 0, n_blocks * BLOCK + reach - n))
+    ahead = padded.unfold(1, BLOCK + reach, BLOCK)  # (N, blocks, D, BLOCK + reach)
+    cosines = padded[:, : n_blocks * BLOCK].view(N, n_blocks, BLOCK, D) @ ahead
+    for lag in fitting:
+        of_lag = cosines.diagonal(lag, 2, 3)[..., :BLOCK].reshape(N, -1)[:, : n - lag]
+        found[lag] = row_mean(of_lag, path.step_pairs(lag))
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from analysis.collapse import (
     rms_normalised,
     sample_tokens,
 )
-from analysis.curvature import tangent_correlation, turning_angles
+from analysis.curvature import tangent_correlations, turning_angles
 from analysis.forecast import HORIZONS, forecast_errors
 from analysis.forms import SharedTriples, draw_triples, stp_forms
 from analysis.metrics import CORPUS, LAGS, VARIANTS, bin_name, document_metrics
@@ -31,8 +31,8 @@ from analysis.positions import PositionMeans, centred_curvature
 from analysis.rounding import FLAG_ABOVE, rounding_bias, stored_precision
 from analysis.tube import SPAN_BINS, Spans, draw_spans, tube
 
-# States of about this many bytes are worked on at a time: what fits into a core's cache.
-CHUNK_BYTES = 2 << 20
+# States of about this many bytes are worked on at a time: few for a cache, enough for operations that are not tiny.
+CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Layout:
     spans: Spans
     sample: TokenSample
 
-    def rows(self, rows: slice) -> Layout:
+    def rows(self, rows: Tensor) -> Layout:
         spans, sample = self.spans, self.sample
         return Layout(
             self.documents[rows],
@@ -139,23 +139,34 @@ class Measurement:
         N, T, D = hidden_states[0].shape
         rows = max(1, CHUNK_BYTES // (4 * T * D))
         values = np.full((N, len(VARIANTS), len(self.boundaries), len(self.names)), np.nan)
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            shared = layout.rows(part)
+        for chosen in torch.arange(N, device=lengths.device).split(rows):
+            shared = layout.rows(chosen.repeat(len(VARIANTS)))
             for number, states in enumerate(hidden_states):
-                states = states[part].detach().to(torch.promote_types(states.dtype, torch.float32))
-                raw = Path(states, shared.runs)
-                normed = Path(rms_normalised(states), shared.runs)
-                self.positions[number].update(raw)
-                for v, path in enumerate((raw, normed)):
-                    self.moments[v][number].update(path, shared.sample, shared.documents)
-                    found = self._document_values(path, shared)
-                    if v == 0 and self.position_means is not None:
-                        found["curvature_centred"] = centred_curvature(path, self.position_means[number])
-                    for m, name in enumerate(self.names):
-                        if name in found:
-                            values[part, v, number, m] = found[name].cpu().numpy()
+                found = self._boundary(number, states[chosen].detach(), shared)
+                values[chosen.cpu(), :, number] = found
         self.documents.update(values, document_index.tolist())
+
+    def _boundary(self, number: int, states: Tensor, shared: Layout) -> FloatArray:
+        """(rows, variants, metrics): a boundary's numbers per document; adds to its moments and positions.
+
+        Both variants go through every operation as one tensor, raw rows first: the operations are small.
+        """
+        states, n = states.to(torch.promote_types(states.dtype, torch.float32)), len(states)
+        variants = (states, rms_normalised(states))
+        path = Path(torch.cat(variants), shared.runs)
+        found = self._document_values(path, shared)
+        values = np.full((n, len(VARIANTS), len(self.names)), np.nan)
+        for m, name in enumerate(self.names):
+            if name in found:
+                values[:, :, m] = found[name].view(len(VARIANTS), n).T.cpu().numpy()
+        for v, moments in enumerate(self.moments):
+            moments[number].update(variants[v], shared.sample.rows(n), shared.documents[:n])
+        raw = Path(states, shared.runs[:n])
+        self.positions[number].update(raw)
+        if self.position_means is not None:
+            centred = centred_curvature(raw, self.position_means[number])
+            values[:, 0, self.names.index("curvature_centred")] = centred.cpu().numpy()
+        return values
 
     def _layout(self, lengths: Tensor, documents: Tensor, index: Tensor, T: int) -> Layout:
         s = self.settings
@@ -177,9 +188,9 @@ class Measurement:
             inside = torch.arange(1, 1 + mask.shape[1], device=mask.device) < s.trained_length  # of the middle token
             found["curvature_within"] = row_mean(degrees, mask & inside)
             found["curvature_beyond"] = row_mean(degrees, mask & ~inside)
-        for lag in s.lags:
-            found[f"tangent_correlation_{lag}"] = tangent_correlation(path, lag)
-        found["stp_consecutive"] = 1 - tangent_correlation(path, 1)
+        correlations = tangent_correlations(path, (1, *s.lags))
+        found |= {f"tangent_correlation_{lag}": correlations[lag] for lag in s.lags}
+        found["stp_consecutive"] = 1 - correlations[1]
         mean_radius, max_radius, efficiency = tube(path, layout.spans)
         for number, name in enumerate(map(bin_name, s.bins)):
             found[f"tube_radius_mean_{name}"] = mean_radius[:, number]

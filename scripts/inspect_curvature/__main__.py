@@ -5,6 +5,7 @@ python -m scripts.inspect_curvature --hf FOLDER [--data FILES ...]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -26,7 +27,7 @@ from scripts.inspect_curvature.native import load_subject, open_run, untrained_t
 from scripts.inspect_curvature.pieces import MIN_TOKENS, choose_data
 from scripts.inspect_curvature.terminal import print_tables, show_stages
 from training.durable import replace_atomically
-from training.machine import configure_threads, resolve_device
+from training.machine import configure_threads, resolve_device, tune_malloc
 from training.metrics import read_metrics
 
 
@@ -130,4 +131,6 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(InputError):  # no glibc: slower, and nothing else
+        tune_malloc("tuned")  # many short-lived tensors of a few megabytes: their pages are kept
     exit_with(main)

@@ -19,7 +19,7 @@ from scripts.inspect_curvature.subject import Subject
 # Position means are read on this many pieces, evenly spaced.
 CALIBRATION_PIECES = 128
 # Tokens of one forward pass.
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 4096
 Advance = Callable[[int], None]
 
 
