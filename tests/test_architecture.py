@@ -20,7 +20,7 @@ ARROWS = {
     "scripts": {"scripts", "training", "analysis", "model", "losses", "data", "blocks", "train"},
 }
 OWN = {"blocks", "model", "losses", "data", "training", "analysis", "scripts", "train", "tests"}
-OPTIONAL = {"mamba_ssm", "causal_conv1d", "triton", "wandb", "plotly", "transformers"}
+OPTIONAL = {"mamba_ssm", "causal_conv1d", "triton", "wandb", "plotly", "transformers", "optuna"}
 
 
 def runtime_imports(path):

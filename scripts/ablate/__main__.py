@@ -6,7 +6,8 @@
     --launcher slurm  submits one job per run instead
     --report [FOLDER] only compares and writes the page, from the CSV files of FOLDER (default: the grid's)
 
-What is done already is not done again. Results: ablations/<grid>/results.csv, report.html.
+What is done already is not done again. Results: ablations/<grid>/results.csv, report.html. A grid with a `search`
+section goes on suggesting trials until it has all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from scripts.ablate.plan import print_plan, store_plan
 from scripts.ablate.report import report
 from scripts.ablate.results import check_folder, is_done, stored_threads, write_results
 from scripts.ablate.runner import only_one, run_local
+from scripts.ablate.search import run_search
 from scripts.ablate.slurm import submit_all
+from scripts.ablate.space import read_trials, summary
 
 
 def main() -> int:
@@ -46,8 +49,13 @@ def main() -> int:
         raise InputError("--sbatch: needs --launcher slurm")
     jobs = arguments.jobs or os.cpu_count() or 1
     grid = load_grid(arguments.grid)
+    folder = Path(arguments.report or grid.folder)
+    if grid.search is not None:
+        for option, given in (("--filter", arguments.filter), ("--launcher slurm", arguments.launcher == "slurm")):
+            if given:
+                raise InputError(f"{option}: a search suggests its runs one after the other, here; leave it out")
+        grid = load_grid(arguments.grid, trials=read_trials(folder))
     if arguments.report is not None:
-        folder = Path(arguments.report or grid.folder)
         if not arguments.report and (grid.folder / "runs").is_dir():
             grid = with_threads(grid, arguments.grid, jobs)
             write_results(grid)
@@ -57,18 +65,25 @@ def main() -> int:
     check_folder(grid)
     chosen = grid.select(arguments.filter)
     print_plan(chosen, jobs, console)
+    if grid.search is not None:
+        console.print(f"search: {grid.search}. {summary(grid.search, read_trials(folder))}", markup=False)
     if arguments.dry_run:
         return 0
     store_plan(grid)
     if arguments.launcher == "slurm":
         submit_all(chosen, arguments.sbatch, console)
         return 0
+    threads = chosen.cells[0].config.threads
     with only_one(grid):
-        outcome = run_local(chosen, jobs, chosen.cells[0].config.threads, console)
+        if grid.search is None:
+            outcome = run_local(chosen, jobs, threads, console)
+        else:
+            grid, outcome = run_search(arguments.grid, threads, jobs, console)
         write_results(grid)
     for run_id, reason in outcome.failed.items():
         console.print(f"failed: {run_id}: {reason}", markup=False)
     n_done = sum(is_done(grid, cell) for cell in grid.cells)
+    store_plan(grid)
     if n_done:
         report(grid, grid.folder, console)
     if outcome.interrupted:
@@ -81,7 +96,8 @@ def with_threads(grid: Grid, path: str, jobs: int) -> Grid:
     """The grid with the threads of each run: the config's own, or those of the runs that are there, or a share."""
     if any(cell.config.threads is not None for cell in grid.cells):
         return grid
-    return load_grid(path, stored_threads(grid) or max(1, (os.cpu_count() or 1) // jobs))
+    threads = stored_threads(grid) or max(1, (os.cpu_count() or 1) // jobs)
+    return load_grid(path, threads, read_trials(grid.folder) if grid.search is not None else ())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError, nearest, require, require_choice, require_number
+from scripts.ablate.checks import check_different, check_pairs
 from scripts.ablate.expression import Expression
-from training.config import RunConfig, config_sha256, load_config
+from scripts.ablate.space import Search, Trial, read_search
+from training.config import RunConfig, load_config
 
 GRIDS = Path("ablations")
 KEYS = (
@@ -30,6 +32,7 @@ KEYS = (
     "metrics",
     "checkpoints",
     "question",
+    "search",
 )
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,63}"
 
@@ -71,7 +74,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """name: of its folder. metrics: column -> higher | lower (is better); the first one decides."""
+    """name: of its folder. metrics: column -> higher | lower (is better); the first one decides.
+
+    search: what is searched, if anything; each trial so far is an arm of its own.
+    """
 
     name: str
     path: Path
@@ -84,6 +90,7 @@ class Grid:
     metrics: dict[str, str]
     checkpoints: str
     cells: tuple[Cell, ...]
+    search: Search | None = None
 
     @property
     def folder(self) -> Path:
@@ -99,14 +106,34 @@ class Grid:
         return dataclasses.replace(self, cells=cells)
 
 
-def load_grid(path: str | Path, threads: int | None = None) -> Grid:
+def load_grid(
+    path: str | Path,
+    threads: int | None = None,
+    trials: Iterable[Trial] = (),
+    configs: dict[tuple[str, ...], RunConfig] | None = None,
+) -> Grid:
     """Reads and expands a grid file and validates every run of it. threads: of each run; None: what the config says.
+    trials: of its search, so far. configs: those read by an earlier call (by their overrides), and a place for more.
 
     Seeds are the outermost loop: whatever part of a grid is finished is as balanced as can be. Raises InputError.
     """
     path = Path(path)
     content = _read(path)
     arms: dict[str, dict[str, Any]] = {str(arm): dict(values or {}) for arm, values in content["arms"].items()}
+    evaluate = _evaluation(content.get("evaluate") or {}, path)
+    metrics = _metrics(content.get("metrics") or {"val_bits_per_byte": "lower"}, path)
+    common = dict(content.get("overrides") or {})
+    if threads is not None:
+        common["threads"] = threads
+    configs = {} if configs is None else configs  # read once for all seeds
+
+    def config_of(settings: Mapping[str, Any]) -> RunConfig:
+        return _config(str(content["base"]), _overrides({**common, **settings}), configs)
+
+    search = read_search(content, evaluate.answers, metrics, path, config_of)
+    for trial in trials:
+        require(trial.name not in arms or arms[trial.name] == trial.values, f"{path}: arms", f"{trial.name} is taken")
+        arms[trial.name] = dict(trial.values)
     for arm in arms:
         require(bool(re.fullmatch(NAME, arm)), f"{path}: arms", f"expected a plain name, got {arm!r}")
     baseline = str(content.get("baseline") or next(iter(arms)))
@@ -121,12 +148,8 @@ def load_grid(path: str | Path, threads: int | None = None) -> Grid:
         require_number(f"{path}: seeds", seed, 0)
     require(len(set(seeds)) == len(seeds), f"{path}: seeds", f"one is given twice in {seeds}")
     axes = _axes(content.get("axes") or {}, path)
-    common = dict(content.get("overrides") or {})
-    if threads is not None:
-        common["threads"] = threads
     keep = [Expression(text, f"{path}: filters") for text in content.get("filters") or []]
     cells = []
-    configs: dict[str, RunConfig] = {}  # read once for all seeds
     for seed in seeds:
         for values in product(*(values for _, values in axes.values())):
             point = dict(zip(axes, values))
@@ -144,14 +167,15 @@ def load_grid(path: str | Path, threads: int | None = None) -> Grid:
         baseline,
         tuple(arms),
         {name: key for name, (key, _) in axes.items()},
-        _evaluation(content.get("evaluate") or {}, path),
-        _metrics(content.get("metrics") or {"val_bits_per_byte": "lower"}, path),
+        evaluate,
+        metrics,
         str(content.get("checkpoints") or "keep"),
         tuple(cells),
+        search,
     )
     require_choice(f"{path}: checkpoints", grid.checkpoints, ["keep", "remove"])
-    _check_pairs(grid)
-    _check_different(grid)
+    check_pairs(grid)
+    check_different(grid)
     return grid
 
 
@@ -175,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
     ):
         require(bool(content.get(key)), f"{path}", f"{key} is missing; expected {what}")
         require(isinstance(content[key], kind), f"{path}: {key}", f"expected {what}, got {content[key]!r}")
-    for key in ("overrides", "axes", "evaluate", "metrics"):
+    for key in ("overrides", "axes", "evaluate", "metrics", "search"):
         value = content.get(key)
         require(value is None or isinstance(value, dict), f"{path}: {key}", f"expected keys and values, got {value!r}")
     for arm, values in content["arms"].items():
@@ -211,22 +235,31 @@ def _cell(
     seed: int,
     point: dict[str, Any],
     settings: Mapping[str, Any],
-    configs: dict[str, RunConfig],
+    configs: dict[tuple[str, ...], RunConfig],
 ) -> Cell:
     where = f"{path}: arm {arm}"
     for key in ("seed", "run_id", "resume"):
         require(key not in settings, where, f"{key} is the grid's own; take it out")
-    overrides = tuple(f"{key}={_text(value)}" for key, value in settings.items())
-    key = repr(overrides)
-    if key not in configs:
-        try:
-            configs[key] = load_config(base, overrides)
-            configs[key].validate()
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-    config = copy.deepcopy(configs[key])
+    overrides = _overrides(settings)
+    try:
+        config = copy.deepcopy(_config(base, overrides, configs))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     config.seed = seed
     return Cell(arm, seed, point, (*overrides, f"seed={seed}"), config)
+
+
+def _config(base: str, overrides: tuple[str, ...], configs: dict[tuple[str, ...], RunConfig]) -> RunConfig:
+    """Validated, and kept in `configs`."""
+    if overrides not in configs:
+        config = load_config(base, overrides)
+        config.validate()
+        configs[overrides] = config
+    return configs[overrides]
+
+
+def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={_text(value)}" for key, value in settings.items())
 
 
 def _text(value: Any) -> str:
@@ -256,43 +289,3 @@ def _metrics(given: Mapping[str, Any], path: Path) -> dict[str, str]:
     for name, direction in given.items():
         require_choice(f"{path}: metrics.{name}", str(direction), ["higher", "lower"])
     return {str(name): str(direction) for name, direction in given.items()}
-
-
-def _check_pairs(grid: Grid) -> None:
-    """Every arm has the seeds that the others have at the same point."""
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for cell in grid.cells:
-        seeds.setdefault((str(cell.point), cell.arm), set()).add(cell.seed)
-    for (point, arm), mine in seeds.items():
-        all_seeds = set().union(*(theirs for (other, _), theirs in seeds.items() if other == point))
-        missing = sorted(all_seeds - mine)
-        at = f" at {point}" if point != "{}" else ""
-        require(
-            not missing,
-            f"{grid.path}: arm {arm}",
-            f"has no run of seed {', '.join(map(str, missing))}{at}; pairs need it",
-        )
-    present = {arm for _, arm in seeds}
-    absent = [arm for arm in grid.arms if arm not in present]
-    require(not absent, f"{grid.path}: filters", f"leave no run of arm {', '.join(absent)}")
-
-
-def _check_different(grid: Grid) -> None:
-    """No two arms are the same experiment at the same point (a baseline may repeat along an axis of STP alone)."""
-    seen: dict[str, Cell] = {}
-    for cell in grid.cells:
-        identity = f"{cell.point} {effective_sha256(cell.config)}"
-        other = seen.setdefault(identity, cell)
-        require(
-            other is cell,
-            f"{grid.path}",
-            f"runs {other.run_id} and {cell.run_id} are equal after merging; drop one of them",
-        )
-
-
-def effective_sha256(config: RunConfig) -> str:
-    """Identity of what a run computes: with STP off, none of its other settings counts."""
-    merged = dataclasses.asdict(config)
-    if not config.stp.enabled:
-        merged["stp"] = "off"
-    return config_sha256(merged)

@@ -17,6 +17,8 @@ from errors import InputError
 from scripts.ablate.grid import Grid
 from scripts.ablate.plan import table
 from scripts.ablate.results import differences, to_csv
+from scripts.ablate.space import read_trials
+from scripts.ablate.space import summary as search_summary
 from training.durable import replace_atomically
 
 BEGIN, END = "<!-- results: made by the command above -->", "<!-- end of results -->"
@@ -43,6 +45,7 @@ def load_outcomes(grid: Grid, folder: Path) -> Outcomes:
         read_rows(folder / "costs.csv"),
         differences(grid),
         len(grid.cells),
+        (search_summary(grid.search, read_trials(folder)),) if grid.search is not None else (),
     )
 
 

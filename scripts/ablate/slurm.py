@@ -35,7 +35,7 @@ def submit(grid: Grid, cell: Cell, sbatch: list[str]) -> Job:
     folder = prepare_folder(grid, cell)
     threads = cell.config.threads or 1
     options = [f"--cpus-per-task={threads}", *sbatch]
-    command = ["env", f"PYTHONPATH={ROOT}", *arm_command(grid, cell)]
+    command = ["env", f"PYTHONPATH={ROOT}", f"WANDB_RUN_GROUP={grid.name}", *arm_command(grid, cell)]
     job = Job("slurm", sbatch=options, command=command, cwd=str(Path.cwd()))
     script = folder / "job.sh"
     script.write_text(slurm.render(folder, job))

@@ -143,6 +143,7 @@ def test_slurm_gets_one_job_per_run_and_none_twice(grid, monkeypatch):
     assert [call[0] for call in calls] == ["sbatch"] * 6
     script = (run_folder(grid, grid.cells[0]) / "job.sh").read_text()
     assert "scripts.ablate.arm" in script and "--partition=cpu" in script and f"PYTHONPATH={ROOT}" in script
+    assert "WANDB_RUN_GROUP=g" in script  # as in a local grid
     assert Job.read(run_folder(grid, grid.cells[0])).slurm_job == "1"
     slurm.submit_all(grid, ["--partition=cpu"], console)
     assert [call[0] for call in calls[6:]] == ["squeue"] * 6
