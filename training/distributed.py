@@ -9,6 +9,7 @@ because every loss is a share of a mean over the global batch.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import traceback
@@ -204,11 +205,13 @@ class World:
         self.from_main(lambda: found.append(work()))
         return found[0] if found else work()
 
-    def require_same(self, what: str, value: str) -> None:
-        """Raises InputError naming the rank whose value differs from rank 0's."""
-        seen = self.gather(value)
-        other = next((rank for rank, theirs in enumerate(seen) if theirs != seen[0]), None)
-        require(other is None, f"rank {other}", f"has another {what} than rank 0")
+    def agree(self, facts: dict[str, str]) -> str:
+        """The sha256 of facts that every rank must see alike. Raises InputError naming a rank that sees another one."""
+        seen = self.gather(facts)
+        for rank, theirs in enumerate(seen):
+            other = next((name for name in facts if theirs.get(name) != seen[0].get(name)), None)
+            require(other is None, f"rank {rank}", f"has another {other} than rank 0")
+        return hashlib.sha256(json.dumps(seen[0], sort_keys=True).encode()).hexdigest()
 
     def side_group(self) -> dist.ProcessGroup | None:
         """A group of all ranks for another thread (checkpoints), whose messages mix with no other's."""

@@ -87,8 +87,8 @@ class Run:
         config, folder = self.config, self.folder
         letters = "".join(self.model.letters)
         folder.resumes = self.world.from_main(self._claim)
-        self.world.require_same("config", config.sha256)
-        self.world.require_same("corpus", self.data.manifest_sha256)
+        facts = {"config": config.sha256, "corpus": self.data.manifest_sha256, "torch": str(torch.__version__)}
+        self.agreement = self.world.agree(facts)
         self.restored = state = self.saver.restore()
         if self.world.is_main:
             self._open_books(letters)
@@ -128,7 +128,7 @@ class Run:
             model=as_receipt(self.model, config.data.sequence_length),
             kernels=self.machine.kernels(letters),
             machine=self.machine.describe(),
-            parallel={"data": config.parallel.data, "ranks": self.world.size},
+            parallel={"data": config.parallel.data, "ranks": self.world.size, "agreement_sha256": self.agreement},
         )
         self.tracker = Tracker(
             folder.path,

@@ -55,7 +55,9 @@ def test_two_processes_prove_train_and_stop_together(place):
     proof = receipt("a")
     assert proof["status"] == "stopped" and proof["step"] == 7  # the wish travels with the next step's sums
     assert proof["preflight"]["ok"] and proof["preflight"]["checks"]["ranks_agree"]
-    assert proof["parallel"] == {"data": "fsdp", "ranks": 2}
+    parallel = proof["parallel"]
+    assert (parallel["data"], parallel["ranks"]) == ("fsdp", 2)
+    assert len(parallel["agreement_sha256"]) == 64
     assert job(place, "fsdp2", "none", "a", "parallel.recompute=selective").returncode == 0
     assert job(place, "fsdp2", "none", "b").returncode == 0
     assert losses("a") == losses("b")  # to the last bit
