@@ -20,6 +20,8 @@ from scripts.inspect_curvature.subject import Subject
 CALIBRATION_PIECES = 128
 # Tokens of one forward pass.
 BATCH_TOKENS = 4096
+# Boundaries that are measured side by side, each by operations too small for threads of their own.
+WORKERS = 2
 Advance = Callable[[int], None]
 
 
@@ -50,7 +52,7 @@ def measure(
                 sums.update(Path(hidden.float(), runs.to(hidden.device)))
             advance(int(batch.lengths.sum()))
         means = [sums.means() for sums in positions]
-    measurement = Measurement(subject.boundaries, subject.d_model, length, settings, means)
+    measurement = Measurement(subject.boundaries, subject.d_model, length, settings, means, WORKERS)
     for states, batch in _states(subject, pieces, settings, skip_first, shuffle):
         device = states[0].device
         lengths = (batch.lengths - skip_first).to(device)
@@ -68,7 +70,7 @@ def measure_random_rows(
     advance: Advance = lambda n_tokens: None,
 ) -> Measured:
     """The same numbers of rows of noise and of random walks, of the same lengths."""
-    measurement = Measurement(CONTROL_ROWS, d_model, pieces.longest - skip_first, settings, None)
+    measurement = Measurement(CONTROL_ROWS, d_model, pieces.longest - skip_first, settings, None, WORKERS)
     for batch in pieces.batches(BATCH_TOKENS):
         lengths = batch.lengths - skip_first
         rows = random_rows(lengths, batch.identities, int(lengths.max()), d_model, settings.seed)

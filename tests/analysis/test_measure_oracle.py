@@ -7,7 +7,7 @@ from analysis_cases import LENGTHS, documents, measure, pad
 
 from analysis.collapse import sample_tokens
 from analysis.forms import draw_triples
-from analysis.measure import MeasureSettings
+from analysis.measure import Measurement, MeasureSettings
 from analysis.tube import SPAN_BINS, draw_spans
 from tests.oracles import curvature_oracle as oracle
 
@@ -158,3 +158,17 @@ def test_batches_and_packing_do_not_matter(rows):
     for other in (alone, from_packed):
         for name, curve in together.curves["raw"].items():
             np.testing.assert_allclose(other.get(name).samples, curve.samples, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_side_by_side_is_the_same_to_the_last_bit():
+    lengths = torch.tensor([40, 17, 33, 40, 8])
+    states = [torch.randn(5, 40, 12, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    curves = []
+    for workers in (1, 3):
+        measurement = Measurement([0, 1, 2, "final"], 12, 40, MeasureSettings(replicates=20), None, workers)
+        for document in (0, 5):
+            measurement.update(states, lengths, torch.arange(document, document + 5))
+        curves.append(measurement.result().curves)
+    for variant, metrics in curves[0].items():
+        for name, curve in metrics.items():
+            np.testing.assert_array_equal(curve.samples, curves[1][variant][name].samples, err_msg=name)
