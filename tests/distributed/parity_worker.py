@@ -1,10 +1,12 @@
-"""Trains a tiny stack for some steps in a world of any kind; rank 0 writes losses, gradient norms and final weights.
+"""Trains a tiny stack for some steps in worlds of any kind; rank 0 writes losses, gradient norms and final weights.
 
-torchrun --nproc-per-node 2 parity_worker.py OUT.json KIND RECOMPUTE DTYPE STEPS [COMPILE]
+torchrun --nproc-per-node 2 parity_worker.py CASES.json: `Case`s as JSON, each with a process group of its own.
 """
 
 import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +16,10 @@ from blocks.mblock import Mamba2Config
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
+from training.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
 from training.distributed import ParallelConfig, World
 from training.machine import configure_threads
-from training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
+from training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, optimizer_tensors
 from training.sharding import full
 
 VOCAB, ROWS, LENGTH = 97, 8, 64
@@ -28,7 +31,31 @@ def batch(step):
     return tokens, ids, torch.arange(ROWS) + ROWS * step
 
 
-def train(world, dtype, steps, compile_mode="none"):
+@dataclass
+class Case:
+    """out: where the result goes. steps: how many. load, save: a folder of checkpoints to go on from, to end with."""
+
+    out: str
+    kind: str = "none"
+    recompute: str = "none"
+    dtype: str = "float64"
+    steps: int = 20
+    compile: str = "none"
+    load: str | None = None
+    save: str | None = None
+
+    def run(self):
+        """The result, on rank 0 in `out` too."""
+        config = ParallelConfig(self.kind, recompute=self.recompute, shard_ranks=2 if self.kind == "hsdp" else None)
+        with World.join(config, torch.device("cpu")) as world:
+            found = train(world, self)
+            if world.is_main:
+                Path(self.out).write_text(json.dumps(found))
+        return found
+
+
+def train(world, case):
+    dtype = getattr(torch, case.dtype)
     config = ModelConfig(
         pattern="AMER",
         d_model=32,
@@ -38,11 +65,16 @@ def train(world, dtype, steps, compile_mode="none"):
     model = HybridLM(config, VOCAB)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(dtype).train()
-    world.parallelize(model, compile_mode)
+    world.parallelize(model, case.compile)
     optimizer = build_optimizer(model, OptimizerConfig())
     objective = Objective(STPConfig(boundaries=["all", "final"], n_spans=3), model.letters, seed=1)
+    tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+    first = 0
+    if case.load:
+        path = Checkpointer(case.load, world=world).latest_valid()
+        first = load_checkpoint(path, tensors)["step"]
     found = []
-    for step in range(steps):
+    for step in range(first, first + case.steps):
         tokens, ids, row_ids = batch(step)
         triples = objective.draw(ids, row_ids, step)
         values = torch.zeros(2, dtype=torch.float64)
@@ -65,18 +97,18 @@ def train(world, dtype, steps, compile_mode="none"):
             mixer.update_bias(world.sum)
         optimizer.zero_grad()
         found.append([*world.sum(values).tolist(), float(norm)])
+    if case.save:
+        saver = Checkpointer(case.save, CheckpointConfig(mode="sync"), world=world)
+        assert saver.save(first + case.steps, tensors, {"step": first + case.steps}) is None
     weights = {name: full(tensor).double().flatten().tolist() for name, tensor in model.state_dict().items()}
     return {"steps": found, "weights": weights}
 
 
-def main(out, kind, recompute, dtype, steps, compile_mode="none"):
-    torch.manual_seed(0)
+def main(cases):
     configure_threads(1)
-    config = ParallelConfig(data=kind, recompute=recompute, shard_ranks=2 if kind == "hsdp" else None)
-    with World.join(config, torch.device("cpu")) as world:
-        found = train(world, getattr(torch, dtype), int(steps), compile_mode)
-        if world.is_main:
-            Path(out).write_text(json.dumps(found))
+    for number, case in enumerate(json.loads(Path(cases).read_text())):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # as after a restart: torchrun keeps its store
+        Case(**case).run()
 
 
 if __name__ == "__main__":
