@@ -187,7 +187,7 @@ MUTANTS = (
         "the same noise at every step",
         "what noise is drawn from does not follow the step",
         (Rewrite(triples.sample, "mix(bits[:, 0, 0] ^ GAMMA)", "mix(bits[:, 0, 0] * 0)"),),
-        "tests/losses/test_controls.py::test_noise_follows_seed_step_and_row_and_no_generator",
+        "tests/losses/test_acting_variants.py::test_noise_follows_seed_step_and_row_and_no_generator",
         ("stp.variant=gradient_noise",),
     ),
     Mutant(
