@@ -233,7 +233,10 @@ def _check_keys(tree: DictConfig, config: type, source: str, prefix: str = "") -
             raise InputError(f"{source}: unknown key {full}{_nearest_key(full)}")
         nested = schema[str(key)]
         if nested is not None:
-            child = tree[key]
+            try:
+                child = tree[key]
+            except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+                raise InputError(f"{source}: {full}: {_one_line(error)}") from None
             if not isinstance(child, DictConfig):
                 raise InputError(f"{source}: {full}: expected keys below it, got {child!r}")
             _check_keys(child, nested, source, f"{full}.")

@@ -144,15 +144,21 @@ def _overrides() -> st.SearchStrategy[str]:
 
 
 def bad_commands(place: Place, zygote: Zygote, tally: Tally, number: int) -> None:
-    """Whole starts with one thing wrong: exit code 2, one line, no new folder under runs/."""
-    before = sorted(path.name for path in place.runs.iterdir())
+    """Whole starts with one thing wrong: exit code 2, one line, no new folder of that run (other workers make theirs)."""
     for override in COMMAND_LINES[:number]:
         named = override.startswith(("run_id=", "resume="))
+        name = Path(override.partition("=")[2]).name if named else "bad"
+        before = _folders_of(place, name)
         code, said = zygote.start_bare(*([override] if named else ["run_id=bad", override]))
         clean = refused_cleanly(code, "\n".join(line for line in said.splitlines() if not line.startswith("data:")))
-        left = sorted(path.name for path in place.runs.iterdir()) != before
+        left = _folders_of(place, name) != before
         tally.add("input", COMMANDS, clean and not left, f"{override}: {code}, left a folder: {left}: {said[-300:]}")
         place.clean("bad")
+
+
+def _folders_of(place: Place, name: str) -> set[Path]:
+    """What is called like a run, or like something half-made for it, under runs/ or beside it."""
+    return {path for folder in (place.runs, place.folder) for path in folder.glob(f"*{name}*")}
 
 
 def fuzz_files(place: Place, tally: Tally, rounds: int, seed_number: int) -> None:

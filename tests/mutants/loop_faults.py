@@ -132,7 +132,7 @@ MUTANTS = (
     Mutant(
         "frozen block",
         "the parameters of a block do not require grad",
-        loop("model.to(machine.device).train()", "model.to(machine.device).train().blocks[1].requires_grad_(False)"),
+        loop("model.train()", "model.train().blocks[1].requires_grad_(False)"),
         "block_parameters",
     ),
     Mutant(

@@ -16,8 +16,8 @@ CHECKPOINTED = "return checkpoint(self.forward, *arguments,"
 def detached_outputs(honest):
     """Outputs leave the wrapper detached and with a gradient of their own, as from a stage in another process."""
 
-    def shard(model, mesh):
-        honest(model, mesh)
+    def shard(model, *arguments, **named):
+        honest(model, *arguments, **named)
         model.blocks[1].register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
 
     return shard
@@ -26,8 +26,8 @@ def detached_outputs(honest):
 def cloned_list(honest):
     """The root wrapper hands out copies of what the loop collected, as a cast of a whole output tree makes them."""
 
-    def shard(model, mesh):
-        honest(model, mesh)
+    def shard(model, *arguments, **named):
+        honest(model, *arguments, **named)
 
         def copies(module, inputs, output):
             output.hidden_states = [h.detach().clone() for h in output.hidden_states]

@@ -105,6 +105,7 @@ def test_bad_files(tmp_path):
         "- 1\n- 2": "keys and values",
         "model: 3": "model",
         "stp:\n  wait: 1": "stp.wait",
+        "checkpoint: ${seed}": "checkpoint: Interpolation key .seed. not found",
     }
     for text, part in cases.items():
         path = tmp_path / "bad.yaml"
