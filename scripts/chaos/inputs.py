@@ -144,7 +144,7 @@ def _overrides() -> st.SearchStrategy[str]:
 
 
 def bad_commands(place: Place, zygote: Zygote, tally: Tally, number: int) -> None:
-    """Whole starts with one thing wrong: exit code 2, one line, no new folder of that run (other workers make theirs)."""
+    """Whole starts with one thing wrong: exit code 2, one line, no new folder of that run (others make theirs)."""
     for override in COMMAND_LINES[:number]:
         named = override.startswith(("run_id=", "resume="))
         name = Path(override.partition("=")[2]).name if named else "bad"
