@@ -25,4 +25,11 @@ def run(ranks, script, *arguments, cwd, timeout=280, **environment):
     """ranks 0: one process without torchrun. timeout: with room for kernels that are compiled for the first time."""
     line = command(ranks, script, *arguments)
     environment = {**ENVIRONMENT, **environment}
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun takes its ranks along, which it could not when it is killed
+            raise
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
