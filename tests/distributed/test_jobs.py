@@ -36,8 +36,9 @@ def job(place, world, mishap, run_id, *overrides):
 
 
 def without_evidence(records):
-    """That of a step is taken on the rows of its first micro-batch on rank 0: other rows in another world."""
-    return [{k: v for k, v in record.items() if not k.startswith("stp/grad_")} for record in records]
+    """Without evidence and curvature: of a step's first micro-batch on rank 0, so of other rows in another world."""
+    local = ("stp/grad_", "curvature/")
+    return [{k: v for k, v in record.items() if not k.startswith(local)} for record in records]
 
 
 def assert_close(found, expected, bound):
