@@ -28,7 +28,8 @@ def test_a_sound_config_is_proven_boundary_by_boundary(command):
     assert code == 0 and "preflight: ok in" in out
     for family in ("embedding", "A", "M", "E", "R", "final"):
         assert any(f"│ {family}" in line and "ok" in line for line in out.splitlines()), family
-    assert all(name in out for name in preflight.MEANING if name not in ("control_sends_nothing", "predictor"))
+    elsewhere = ("control_sends_nothing", "control_as_declared", "predictor")
+    assert all(name in out for name in preflight.MEANING if name not in elsewhere)
 
 
 def test_a_cut_wire_is_exit_3_with_the_check_in_the_table(command, capsys):
@@ -43,6 +44,11 @@ def test_a_cut_wire_is_exit_3_with_the_check_in_the_table(command, capsys):
 def test_a_control_is_proven_to_send_nothing(command):
     code, out = command("stp.variant=detached")
     assert code == 0 and "control_sends_nothing" in out and "state_gradient" not in out
+
+
+def test_a_control_that_acts_is_proven_to_be_what_it_declares(command):
+    code, out = command("stp.variant=gradient_noise")
+    assert code == 0 and "control_as_declared" in out and "state_gradient" in out
 
 
 def test_bad_input_is_exit_2(command):
