@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import traceback
 from dataclasses import asdict
@@ -223,14 +224,16 @@ class Run:
             f"unigram entropy {found['unigram_bits_per_byte']:.3f} bits/byte: the model needs {ratio:.0%} of it"
         )
         if settings.sample_tokens:
-            text = sample_text(
-                self.model,
-                self.data.tokenizer,
-                settings.sample_prompt,
-                settings.sample_tokens,
-                settings.sample_temperature,
-                self.config.seed,
-            )
+            rounded = self.config.parallel.gather == "bf16"  # then float32 inputs do not fit the weights
+            with self.machine.autocast() if rounded else contextlib.nullcontext():
+                text = sample_text(
+                    self.model,
+                    self.data.tokenizer,
+                    settings.sample_prompt,
+                    settings.sample_tokens,
+                    settings.sample_temperature,
+                    self.config.seed,
+                )
             self.progress.message("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
         self.meter.pause()
 
