@@ -60,9 +60,10 @@ def kill_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed: 
             if code == -signal.SIGKILL:
                 kills += 1
                 quota.count(bool(_halves(folder) - before))
-            elif kills:
+            elif kills or code:
                 problem = f"exit code {code}: {said[-400:]}" if code else place.difference(run_id)
-                tally.add("continued", GROUP_KILLS, problem is None, f"{run_id} after {kills} kills: {problem}")
+                kept = place.put_away(run_id, problem)
+                tally.add("continued", GROUP_KILLS, problem is None, f"{run_id} after {kills} kills: {problem}{kept}")
                 break
             else:  # it was through before the first kill
                 break
@@ -108,9 +109,10 @@ def signal_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed
                 tally.note(GROUP_SIGNALS, before_the_run_was_open=1)
             else:
                 problem = f"exit code {code}: {said[-400:]}"
+        kept = place.put_away(run_id, problem)
         if signals:
-            tally.add("continued", GROUP_SIGNALS, problem is None, f"{run_id} after {signals} signals: {problem}")
-        place.clean(run_id)
+            words = f"{run_id} after {signals} signals: {problem}{kept}"
+            tally.add("continued", GROUP_SIGNALS, problem is None, words)
 
 
 def _stopped_badly(folder: Path) -> str | None:

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -73,7 +74,12 @@ class Tally:
                 counts[0] += ok
                 counts[1] += 1
             if not ok:
-                self.failures.append(f"{group}: {words}")
+                self._fail(f"{group}: {words}")
+
+    def _fail(self, words: str) -> None:
+        """Said at once as well as at the end: a suite that is ended early must not take its finding with it."""
+        self.failures.append(words)
+        print(f"FAILED {words}", file=sys.stderr, flush=True)
 
     def note(self, group: str, **numbers: int | float) -> None:
         """Numbers of a group that are shown and not judged; they add up."""
@@ -94,7 +100,8 @@ class Tally:
                     mine[kind] = [a + b for a, b in zip(mine.get(kind, [0, 0]), value)]
         self.seconds += other["seconds"]
         self.core_seconds += other["core_seconds"]
-        self.failures += other["failures"]
+        for words in other["failures"]:
+            self._fail(words)
         self.skipped += other["skipped"]
 
     @property
@@ -152,6 +159,17 @@ class Place:
 
     def clean(self, run_id: str) -> None:
         shutil.rmtree(self.runs / run_id, ignore_errors=True)
+
+    def put_away(self, run_id: str, problem: str | None) -> str:
+        """Removes a run that ended well; keeps one that did not, beside the undisturbed one, and says where."""
+        if problem is None:
+            self.clean(run_id)
+            return ""
+        kept = Path(tempfile.mkdtemp(prefix=f"amer-chaos-kept-{run_id}-"))
+        for name in (run_id, REFERENCE):
+            shutil.copytree(self.runs / name, kept / name, dirs_exist_ok=True)
+        self.clean(run_id)
+        return f" (kept in {kept})"
 
 
 def difference(run: Path, reference: Path) -> str | None:
