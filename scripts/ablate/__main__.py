@@ -24,7 +24,7 @@ from scripts.ablate.plan import print_plan, store_plan
 from scripts.ablate.report import report
 from scripts.ablate.results import check_folder, is_done, stored_threads, write_results
 from scripts.ablate.runner import only_one, run_local
-from scripts.ablate.search import run_search
+from scripts.ablate.search import run_search, stored_trials
 from scripts.ablate.slurm import submit_all
 from scripts.ablate.space import read_trials, summary
 
@@ -54,7 +54,8 @@ def main() -> int:
         for option, given in (("--filter", arguments.filter), ("--launcher slurm", arguments.launcher == "slurm")):
             if given:
                 raise InputError(f"{option}: a search suggests its runs one after the other, here; leave it out")
-        grid = load_grid(arguments.grid, trials=read_trials(folder))
+        trials = stored_trials(grid) if folder == grid.folder else read_trials(folder)
+        grid = load_grid(arguments.grid, trials=trials)
     if arguments.report is not None:
         if not arguments.report and (grid.folder / "runs").is_dir():
             grid = with_threads(grid, arguments.grid, jobs)
@@ -66,7 +67,7 @@ def main() -> int:
     chosen = grid.select(arguments.filter)
     print_plan(chosen, jobs, console)
     if grid.search is not None:
-        console.print(f"search: {grid.search}. {summary(grid.search, read_trials(folder))}", markup=False)
+        console.print(f"search: {grid.search}. {summary(grid.search, stored_trials(grid))}", markup=False)
     if arguments.dry_run:
         return 0
     store_plan(grid)
@@ -97,7 +98,7 @@ def with_threads(grid: Grid, path: str, jobs: int) -> Grid:
     if any(cell.config.threads is not None for cell in grid.cells):
         return grid
     threads = stored_threads(grid) or max(1, (os.cpu_count() or 1) // jobs)
-    return load_grid(path, threads, read_trials(grid.folder) if grid.search is not None else ())
+    return load_grid(path, threads, stored_trials(grid) if grid.search is not None else ())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from errors import InputError
 from scripts.ablate.grid import Grid, load_grid
 from scripts.ablate.results import check_folder, result_rows, to_csv, write_results
 from scripts.ablate.runner import Outcome, run_local
-from scripts.ablate.space import Search, Trial, trial_rows
+from scripts.ablate.space import Search, Trial, read_trials, trial_rows
 from training.config import RunConfig
 from training.durable import replace_atomically
 
@@ -103,6 +103,13 @@ class Study:
             self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
         else:
             self.study.tell(trial.number, value)
+
+
+def stored_trials(grid: Grid) -> list[Trial]:
+    """What a grid's folder knows of its trials. The database is the truth; trials.csv, for people, may be gone or old.
+
+    Raises InputError: a broken file, or another search's."""
+    return Study(grid).trials() if (grid.folder / DATABASE).is_file() else read_trials(grid.folder)
 
 
 def run_search(path: str | Path, threads: int | None, jobs: int, console: Console) -> tuple[Grid, Outcome]:

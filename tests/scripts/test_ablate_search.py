@@ -179,6 +179,18 @@ def test_a_failed_trial_is_reported_and_the_search_goes_on(place, monkeypatch):
     assert not start()[1].failed and [trial.state for trial in read_trials(grid.folder)] == states
 
 
+def test_the_table_of_trials_may_be_deleted(place, monkeypatch):
+    """It is for people: the database knows the trials, and the runs that are there are still this grid's."""
+    write(place, search={**GRID["search"], "trials": 2}, seeds=[0])
+    grid, _, _ = start()
+    table = grid.folder / "trials.csv"
+    known = table.read_bytes()
+    table.unlink()
+    monkeypatch.setattr(sys, "argv", ["scripts.ablate", "g.yaml", "--dry-run"])
+    assert command.main() == 0
+    assert start()[1].done == 3 and table.read_bytes() == known
+
+
 @pytest.mark.slow
 def test_the_command_plans_runs_and_reports(place, monkeypatch, capsys):
     def call(*arguments):
