@@ -2,14 +2,16 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 from jobs import ENVIRONMENT, PATIENCE, command, run
-from tiny_run import last_weights, losses, make_place, receipt
+from tiny_run import last_weights, losses, make_place, receipt, write_corpus
+
+from data.prepare import prepare
+from training.config import load_config
 
 FP32 = ("precision=fp32", "validation.sample_tokens=4")
 WORLDS = {"one": (0, ()), **{f"{k}{n}": (n, (f"parallel.data={k}",)) for k in ("fsdp", "ddp") for n in (1, 2, 4)}}
@@ -81,19 +83,33 @@ def test_a_rank_with_another_config_refuses_all(place):
     assert refused.returncode != 0 and "rank 1: has another config than rank 0" in refused.stderr
 
 
+@pytest.fixture
+def mixed(place):
+    """The place with a mixture of two corpora of several shards each."""
+    (place / "second").mkdir()
+    write_corpus(place / "second", seed=1)
+    config = (place / "tiny.yaml").read_text()
+    mixture = "mixture: {'files:texts/*.txt': 0.7, 'files:second/texts/*.txt': 0.3}"
+    (place / "tiny.yaml").write_text(config.replace("path: texts/*.txt", mixture))
+    data = prepare(load_config("tiny.yaml").data, shard_tokens=2000)
+    assert len(list(data.folder.glob("*/train-*.bin"))) == 4
+    return place
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("begun", ["one", "fsdp2", "fsdp4", "ddp2"])
-def test_resharding(place, begun):
-    """Begun in one world, finished in each of the others: all end where one process ends."""
-    assert job(place, "one", "none", "whole").returncode == 0
-    assert job(place, begun, "stop:6", "half").returncode == (4 if begun == "one" else 0)
-    for world in ("one", "fsdp1", "fsdp2", "fsdp4", "ddp2"):
-        shutil.copytree(place / "runs/half", place / f"runs/{world}", ignore=shutil.ignore_patterns(".lock"))
-        finished = job(place, world, "none", world)
+def test_resharding(mixed):
+    """Begun in one world and finished in another, each of them in both places: all end where one process ends.
+
+    tests/distributed/test_parity.py has every pair of them; here it is the whole run, its books and its data."""
+    assert job(mixed, "one", "none", "whole").returncode == 0
+    for begun, world in (("one", "fsdp2"), ("fsdp2", "fsdp4"), ("fsdp4", "ddp2"), ("ddp2", "one")):
+        name = f"{begun}-{world}"
+        assert job(mixed, begun, "stop:6", name).returncode == (4 if begun == "one" else 0)
+        finished = job(mixed, world, "none", name)
         assert finished.returncode == 0, finished.stderr[-3000:]
-        assert_close(losses(world), losses("whole"), 1e-4)
-        assert_close(losses(world)[:3], losses("whole")[:3], 1e-6)
+        assert_close(losses(name), losses("whole"), 1e-4)
+        assert_close(losses(name)[:3], losses("whole")[:3], 1e-6)
 
 
 @pytest.mark.slow
