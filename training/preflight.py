@@ -148,7 +148,8 @@ class Preflight:
             probes = probe_forward(
                 self.model, self.chunk, self.vocab_size, self.matmul_dtype, self.autocast(), self.seed + attempt
             )
-            if all(problem is None for problem in probes.values()):
+            # all ranks go once more if one has to: a forward pass is a collective
+            if not self.world.any(any(problem is not None for problem in probes.values())):
                 break
         report.checks.update(probes)
 
