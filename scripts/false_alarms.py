@@ -1,7 +1,8 @@
 """How often preflight refuses a sound run: python -m scripts.false_alarms [--seeds N] [--json]
 
 Every seed is another small model of all four letters (pattern, layout, form, sampler and boundaries drawn from it),
-proven in float32 and in bfloat16 autocast. Nothing is wrong with any of them, so every refusal is a false alarm.
+proven in float32 and in bfloat16 autocast: half of them untrained, as before a run's first step, half after some steps
+on the language model alone, as where the gate opens. Nothing is wrong with any of them, so a refusal is a false alarm.
 Exit code 0: none; 1: some.
 """
 
@@ -12,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -22,12 +24,15 @@ from rich.progress import Progress
 from data.batch import IGNORE_LABEL, Batch
 from errors import exit_with
 from losses.objective import Objective, STPConfig
+from losses.triples import Triples
+from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
 from training.machine import configure_threads
 from training.preflight import Preflight, PreflightReport
 
 PATTERNS = ("AMER", "AEMEAR", "MEMERA", "REAM", "EMAR", "AEMEAEMEAEMR")
 DTYPES = (torch.float32, torch.bfloat16)
+TRAINED_STEPS = 20
 
 
 @dataclass
@@ -89,7 +94,28 @@ def prove(seed: int, dtype: torch.dtype) -> PreflightReport:
         return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
     triples = objective.draw(batch.document_ids, batch.row_ids, choose.randrange(1000))
+    if choose.random() < 0.5:
+        train(model, objective, batch, triples, autocast)
     return Preflight.of(model, objective, autocast, dtype, seed).run(batch, triples)
+
+
+def train(
+    model: HybridLM,
+    objective: Objective,
+    batch: Batch,
+    triples: Triples,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Some steps with the gate shut: gradients of the language model and of STP are then of other sizes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    context = SequenceContext.from_document_ids(batch.document_ids)
+    for _ in range(TRAINED_STEPS):
+        optimizer.zero_grad()
+        with autocast():
+            output = model(batch.tokens, context)
+            loss = objective(output, model.head.weight, batch.labels, triples, stp_weight=torch.tensor(0.0))
+        loss.total.backward()
+        optimizer.step()
 
 
 def small_model(choose: random.Random, generator: torch.Generator) -> HybridLM:

@@ -59,6 +59,17 @@ def test_passes_in_bfloat16_autocast():
     assert report.ok, report.failures()
 
 
+def test_rounding_of_a_large_gradient_of_the_language_model_is_no_fault():
+    """In bfloat16 sums round as a whole, so STP's part of a gradient must be told from its rounding."""
+    for seed in range(3):
+        model, objective, batch, triples = setup(seed=seed)
+        with torch.no_grad():
+            model.head.weight.mul_(100)
+        half = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "dtype": torch.bfloat16}
+        report = prove(model, objective, batch, triples, **half)
+        assert report.ok, report.failures()
+
+
 def loop(change):
     """A layer loop like HybridLM's, with `change(index, hidden, stream) -> (collected, carried)` cut into it."""
 
