@@ -13,7 +13,9 @@ from scripts.ablate.report import BEGIN, END, load_outcomes, with_results
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("grid", "name"), [("nlrx_data_efficiency", "nlrx"), ("nlrx_weight", "nlrx_weight")])
+@pytest.mark.parametrize(
+    ("grid", "name"), [("nlrx_data_efficiency", "nlrx"), ("nlrx_weight", "nlrx_weight"), ("pretraining", "pretraining")]
+)
 def test_committed_tables_are_those_of_the_committed_rows(monkeypatch, grid, name):
     monkeypatch.chdir(ROOT)
     folder = Path("docs/results") / name
