@@ -54,8 +54,8 @@ test-slow: $(VENV)/.ready ## the tests over 20 seconds: torchrun jobs, compilati
 mutants: $(VENV)/.ready ## cut wiring faults into the code, one by one, and show what notices each (about 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m tests.mutants
 
-chaos: $(VENV)/.ready ## kill, damage, fill and confuse runs: all must end as if nothing had happened
-	OMP_NUM_THREADS=1 $(PY) -m scripts.chaos --size nightly
+chaos: $(VENV)/.ready ## kill, damage, fill and confuse runs: all must end as if nothing had happened; writes docs/results/chaos.md
+	OMP_NUM_THREADS=1 $(PY) -m scripts.chaos --size nightly --write
 
 chaos-slice: $(VENV)/.ready ## three minutes of it, with a fixed seed
 	OMP_NUM_THREADS=1 $(PY) -m scripts.chaos --size slice
