@@ -15,11 +15,11 @@ from data.progress import show_progress
 from errors import InputError, exit_with, nearest, require_number
 from model.hybrid import HybridLM
 from training.answers import answer_accuracy
-from training.checkpoint import load_checkpoint
 from training.config import load_config
 from training.durable import write_durably
 from training.hardware import Machine
 from training.run import RUNS, find_checkpoint
+from training.weights import load_weights
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
     with show_progress() as progress:
         data = prepare(config.data, progress=progress)
     model = HybridLM(config.model, data.vocab_size)
-    load_checkpoint(checkpoint, {"model": model.state_dict()})
+    load_weights(checkpoint, model)
     model.to(machine.device).eval()
 
     report = answer_accuracy(

@@ -1,8 +1,9 @@
 """Writes the weights of a run as one safetensors file: python -m scripts.export RUN out.safetensors.
 
-The file holds the tensors of `HybridLM.state_dict()` and, in its metadata, the config, the tokenizer's hash and the
-checkpoint that it came from; `out.safetensors.sha256` stands beside it. `train.py ... init_from=out.safetensors` starts
-from it, and every library that reads safetensors can. No pickle is written or read.
+The file holds the tensors of `HybridLM.state_dict()` (the language model; no predictor of STP) and, in its metadata,
+the config, the tokenizer's hash and the checkpoint that it came from; `out.safetensors.sha256` stands beside it.
+`train.py ... init_from=out.safetensors` starts from it, and every library that reads safetensors can. No pickle is
+written or read.
 """
 
 from __future__ import annotations

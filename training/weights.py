@@ -1,4 +1,9 @@
-"""Weights alone, for exchange: one safetensors file with the config in its metadata. Never a pickle."""
+"""Weights alone: out of a checkpoint into a model, or into one safetensors file with the config in its metadata.
+
+Everything that reads a model and does not go on with its run (evaluation, inspection, export, `init_from`) reads it
+here. It gets the language model and nothing else: `stp.predictor`'s map is trained and saved with the model, but no
+forward pass uses it, so it is left out on purpose. Never a pickle.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import InputError
@@ -16,6 +21,8 @@ from training.run import find_checkpoint
 from training.tensor_store import flatten, require_same, stored_shapes
 
 FORMAT = "amer-weights-1"
+# What train.py hangs onto the model for the loss alone.
+LOSS_ONLY = "stp_predictor."
 
 
 def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> list[str]:
@@ -23,13 +30,9 @@ def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> 
 
     Returns the names. Raises InputError for a damaged checkpoint, OSError if the target cannot be written.
     """
-    stored = stored_shapes(checkpoint / "tensors")
-    weights = {
-        name.removeprefix("model."): torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in stored.items()
-        if name.startswith("model.")
-    }
-    load_checkpoint(checkpoint, {"model": weights})
+    stored = _empty(checkpoint)
+    load_checkpoint(checkpoint, {"model": stored})
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(LOSS_ONLY)}
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         save_file(weights, temporary, {"format": "pt", "amer_format": FORMAT, **metadata})
@@ -41,16 +44,21 @@ def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> 
     return sorted(weights)
 
 
-def load_weights(name: str, model: nn.Module) -> None:
+def load_weights(name: str | Path, model: nn.Module) -> None:
     """Fills a model from a run id, a run or checkpoint folder, or a file of `export_weights`.
 
+    A predictor of STP that is stored is left out, and one that the model has stays as it is, whatever the source: a run
+    that starts from weights begins its own (see above).
     A file is compared with the hash beside it (`X.sha256`) where there is one: safetensors itself does not notice
     damage. Raises InputError: not there, damaged, or of another model (nothing is filled then).
     """
     path = Path(name)
-    into = flatten(model.state_dict())
+    into = {key: tensor for key, tensor in flatten(model.state_dict()).items() if not key.startswith(LOSS_ONLY)}
     if not path.is_file():
-        load_checkpoint(find_checkpoint(name), {"model": into})
+        checkpoint = find_checkpoint(str(name))
+        # read and thrown away: a section is compared as a whole
+        unused = {key: tensor for key, tensor in _empty(checkpoint).items() if key.startswith(LOSS_ONLY)}
+        load_checkpoint(checkpoint, {"model": {**into, **unused}})
         return
     beside = path.with_name(f"{path.name}.sha256")
     if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [sha256_file(path)]:
@@ -59,6 +67,7 @@ def load_weights(name: str, model: nn.Module) -> None:
         stored = load_file(path)
     except Exception as error:  # safetensors raises many kinds on bytes that are not its own
         raise InputError(f"{path}: not a safetensors file: {error}") from None
+    stored = {key: value for key, value in stored.items() if not key.startswith(LOSS_ONLY)}
     require_same(path, {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}, into)
     with torch.no_grad():
         for key, tensor in into.items():
@@ -66,3 +75,12 @@ def load_weights(name: str, model: nn.Module) -> None:
             if isinstance(tensor, DTensor):  # each rank takes its part
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
             tensor.copy_(whole)
+
+
+def _empty(checkpoint: Path) -> dict[str, Tensor]:
+    """Tensors to read the weights of a checkpoint into, by their names in the model. Raises InputError."""
+    return {
+        name.removeprefix("model."): torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in stored_shapes(checkpoint / "tensors").items()
+        if name.startswith("model.")
+    }

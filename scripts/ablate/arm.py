@@ -27,12 +27,12 @@ from model.context import SequenceContext
 from model.hybrid import HybridLM
 from scripts.ablate.grid import Evaluation
 from training.answers import answer_accuracy
-from training.checkpoint import load_checkpoint
 from training.config import RunConfig, load_config
 from training.durable import replace_atomically
 from training.hardware import Machine
 from training.receipt import read_receipt
-from training.run import choose_run, find_checkpoint
+from training.run import choose_run
+from training.weights import load_weights
 
 EVALUATION = "evaluation.json"
 
@@ -70,11 +70,14 @@ def read_evaluation(folder: Path, settings: Evaluation) -> dict[str, Any] | None
 
 
 def evaluate(folder: Path, config: RunConfig, settings: Evaluation) -> dict[str, Any]:
-    """Of the last checkpoint. weights_sha256 identifies every weight: equal for arms that are equal bit for bit."""
+    """Of the last checkpoint. weights_sha256 identifies every weight: equal for arms that are equal bit for bit.
+
+    A predictor of STP is no part of the model (see training/weights.py), nor of weights_sha256.
+    """
     machine = Machine.resolve(config)
     data = prepare(config.data)
     model = HybridLM(config.model, data.vocab_size)
-    load_checkpoint(find_checkpoint(str(folder)), {"model": model.state_dict()})
+    load_weights(folder, model)
     model.to(machine.device).eval()
     found: dict[str, Any] = {"weights_sha256": weights_sha256(model)}
     if settings.curvature_rows:

@@ -15,10 +15,11 @@ from errors import InputError, nearest
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from scripts.inspect_curvature.subject import Subject
-from training.checkpoint import NAME, Checkpointer, load_checkpoint, load_state, step_of
+from training.checkpoint import NAME, Checkpointer, load_state, step_of
 from training.config import RunConfig, load_config
 from training.receipt import read_receipt
 from training.run import RUNS
+from training.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load_subject(source: RunSource, vocab_size: int, device: torch.device, check
     """The weights of a checkpoint (default: the source's own). Raises InputError: damaged, or of another model."""
     path = checkpoint or source.checkpoint
     model = HybridLM(source.config.model, vocab_size)
-    load_checkpoint(path, {"model": model.state_dict()})
+    load_weights(path, model)
     state = load_state(path).get("run", {})
     name = f"{source.folder.name}, step {step_of(path):,}"
     return _subject(source, model, name, device, step_of(path), state.get("tokens"))
