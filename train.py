@@ -119,7 +119,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                         )
                     if probing:
                         with keep_gathered(model):
-                            measured.evidence = gradient_evidence(objective, output, loss)
+                            measured.evidence = gradient_evidence(objective, output, loss, world)
                     if number == 0 and (state.step + 1) % config.train.curvature_every == 0:
                         ids = batch.document_ids[rows]
                         measured.curvature = cheap_metrics(output.hidden_states, output.final, ids, model.letters)

@@ -9,33 +9,49 @@ from torch import Tensor
 
 from errors import PreflightError
 from losses.objective import Objective, ObjectiveOutput
+from training.distributed import World
 
 
-def gradient_evidence(objective: Objective, output: Any, loss: ObjectiveOutput) -> dict[str, float]:
+def gradient_evidence(
+    objective: Objective, output: Any, loss: ObjectiveOutput, world: World | None = None
+) -> dict[str, float]:
     """Per family: `stp/grad_norm`, `stp/grad_ratio` (STP : LM) and `stp/grad_cosine`, at the selected boundaries.
 
     STP's gradient is that of the boundary's own unweighted term, direct at the boundary; LM's is the whole
-    gradient that arrives there. Keeps the graph, leaves `.grad` alone.
-    Raises PreflightError (exit code 3) on a step with valid triples if a term sends no gradient, or one that is not
-    finite, or if its weight in the total is not the one that was given, unless the variant declares that it sends none.
+    gradient that arrives there. Of this rank's rows: boundaries where these have no triple, or only degenerate ones,
+    are left out. Keeps the graph, leaves `.grad` alone.
+    Raises PreflightError (exit code 3) on all ranks if on one a term sends no gradient, or one that is not finite, or
+    if its weight in the total is not the one that was given, unless the variant declares that it sends none.
     """
-    if loss.stp_per_boundary is None or loss.stp_terms is None or int(loss.stp_terms.n_valid) == 0:
+    world = world or World.alone()
+    if loss.stp_per_boundary is None or loss.stp_terms is None:
         return {}
-    if not objective.is_control:
-        _check_share(loss)
+    # What follows gathers weights: all ranks do all of it, whatever they find, and judge together at the end.
+    n_valid = int(loss.stp_terms.n_valid)
+    if not world.any(n_valid > 0):
+        return {}
+    problem = None if objective.is_control else _share_problem(loss)
+    sound = (n_valid - loss.stp_terms.n_degenerate).tolist()
     terms = dict(zip(objective.boundaries, loss.stp_per_boundary.unbind(), strict=True))
     states = dict(zip(terms, objective.select(output.hidden_states, output.final), strict=True))
     lm_grads = torch.autograd.grad(loss.lm, list(states.values()), retain_graph=True, allow_unused=True)
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for (index, state), lm_grad, family in zip(states.items(), lm_grads, objective.families, strict=True):
+    for (index, state), lm_grad, family, n_sound in zip(
+        states.items(), lm_grads, objective.families, sound, strict=True
+    ):
         stp_grad = _direct(terms[index], state)
         norm = float(stp_grad.norm())
+        if n_sound == 0 and norm == 0:
+            continue
         if not objective.is_control and not 0 < norm < float("inf"):
-            raise PreflightError(f"STP died: the gradient of its term at boundary {index} ({family}) has norm {norm}")
+            problem = problem or f"the gradient of its term at boundary {index} ({family}) has norm {norm}"
         lm_norm = 0.0 if lm_grad is None else float(lm_grad.norm())
         dot = 0.0 if lm_grad is None else float((stp_grad * lm_grad).sum())
         scale = norm * lm_norm
         found.setdefault(family, []).append((norm, norm / lm_norm if lm_norm else 0.0, dot / scale if scale else 0.0))
+    for rank, seen in enumerate(world.gather(problem)):
+        if seen is not None:
+            raise PreflightError(f"STP died: {seen}" + (f" on rank {rank}" if world.size > 1 else ""))
     metrics = {}
     for family, rows in found.items():
         for name, values in zip(("grad_norm", "grad_ratio", "grad_cosine"), zip(*rows, strict=True), strict=True):
@@ -43,21 +59,20 @@ def gradient_evidence(objective: Objective, output: Any, loss: ObjectiveOutput) 
     return metrics
 
 
-def _check_share(loss: ObjectiveOutput) -> None:
+def _share_problem(loss: ObjectiveOutput) -> str | None:
     """d total / d (the term of each boundary) must be weight / number of boundaries."""
     per_boundary, weight = loss.stp_per_boundary, float(loss.terms["stp"].weight)
     assert per_boundary is not None
     (share,) = torch.autograd.grad(loss.total, per_boundary, retain_graph=True, allow_unused=True)
     expected = torch.full_like(per_boundary, weight / len(per_boundary))
-    if share is None or not torch.allclose(share, expected, rtol=1e-4, atol=0.0):
-        seen = "absent" if share is None else f"{float(share.sum()):.3g} in all"
-        raise PreflightError(
-            f"STP died: its weight in the total is {seen}, not {weight:.3g} spread over its boundaries"
-        )
+    if share is not None and torch.allclose(share, expected, rtol=1e-4, atol=0.0):
+        return None
+    seen = "absent" if share is None else f"{float(share.sum()):.3g} in all"
+    return f"its weight in the total is {seen}, not {weight:.3g} spread over its boundaries"
 
 
 def _direct(term: Tensor, state: Tensor) -> Tensor:
-    if not term.requires_grad:
-        return torch.zeros_like(state)
-    (grad,) = torch.autograd.grad(term, state, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(state) if grad is None else grad
+    """d term / d state, 0 where the term does not reach it. The zero share of the state itself is for the hook there,
+    which gathers a sharded block's weights: it runs on every rank or on none."""
+    (grad,) = torch.autograd.grad(term + 0.0 * state.sum(), state, retain_graph=True)
+    return grad

@@ -1,7 +1,7 @@
 """train.py with a mishap: torchrun ... train_worker.py MISHAP train-arguments...
 
 none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects;
-other:R = rank R was given another config.
+other:R = rank R was given another config; dead:R = on rank R the embedding's state is detached for STP after 25 calls.
 """
 
 import os
@@ -9,6 +9,7 @@ import signal
 import sys
 
 import train
+from losses.objective import Objective
 from model.hybrid import HybridLM, HybridOutput
 from training.lifecycle import Run
 
@@ -37,12 +38,29 @@ def cut_on(rank):
     HybridLM.forward = forward
 
 
+def dead_on(rank):
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+
+    honest, calls = Objective.measure, []
+
+    def measure(self, hidden_states, final, triples, join=None):
+        calls.append(1)
+        if len(calls) > 25:
+            return honest(self, [hidden_states[0].detach(), *hidden_states[1:]], final, triples)
+        return honest(self, hidden_states, final, triples, join)
+
+    Objective.measure = measure
+
+
 if __name__ == "__main__":
     mishap, _, argument = sys.argv.pop(1).partition(":")
     if mishap == "stop":
         stop_after(int(argument))
     elif mishap == "cut":
         cut_on(int(argument))
+    elif mishap == "dead":
+        dead_on(int(argument))
     elif mishap == "other" and os.environ.get("RANK") == argument:
         sys.argv.append("seed=5")
     train.exit_with(train.main)

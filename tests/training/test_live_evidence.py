@@ -127,7 +127,7 @@ def test_a_weight_in_the_total_that_is_not_the_given_one_is_dead(factor):
         total=lm + factor * weight * per_boundary.mean(),
         lm=lm,
         stp_per_boundary=per_boundary,
-        stp_terms=SimpleNamespace(n_valid=torch.tensor(4)),
+        stp_terms=SimpleNamespace(n_valid=torch.tensor(4), n_degenerate=torch.zeros(2, dtype=torch.int64)),
         terms={"stp": SimpleNamespace(weight=weight)},
     )
     output = SimpleNamespace(hidden_states=states, final=None)
@@ -136,3 +136,26 @@ def test_a_weight_in_the_total_that_is_not_the_given_one_is_dead(factor):
     else:
         with pytest.raises(PreflightError, match="STP died: its weight in the total"):
             gradient_evidence(objective, output, loss)
+
+
+@pytest.mark.parametrize(("n_valid", "degenerate", "dies"), [(0, 0, False), (4, 4, False), (4, 3, True)])
+def test_a_boundary_without_a_sound_triple_says_nothing(n_valid, degenerate, dies):
+    states = [torch.randn(2, 8, 4, requires_grad=True) for _ in range(2)]
+    per_boundary = torch.stack([0 * states[0].sum(), states[1].square().mean()])
+    weight = torch.tensor(0.3)
+    objective = SimpleNamespace(is_control=False, boundaries=[0, 1], families=["A", "E"])
+    objective.select = lambda hidden_states, final: hidden_states
+    loss = SimpleNamespace(
+        total=states[1].sum() + weight * per_boundary.mean(),
+        lm=states[1].sum(),
+        stp_per_boundary=per_boundary,
+        stp_terms=SimpleNamespace(n_valid=torch.tensor(n_valid), n_degenerate=torch.tensor([degenerate, 0])),
+        terms={"stp": SimpleNamespace(weight=weight)},
+    )
+    output = SimpleNamespace(hidden_states=states, final=None)
+    if dies:
+        with pytest.raises(PreflightError, match=r"boundary 0 \(A\) has norm 0.0$"):
+            gradient_evidence(objective, output, loss)
+    else:
+        found = gradient_evidence(objective, output, loss)
+        assert not any(name.endswith("/A") for name in found) and ("stp/grad_norm/E" in found) == (n_valid > 0)
