@@ -89,8 +89,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except (InputError, PreflightError, StorageError, Stopped) as error:
-        if os.environ.get("RANK", "0") == "0":  # of many ranks one speaks
-            _say(f"{'error' if error.exit_code != 4 else 'stopped'}: {error}")
+        _say_of(error, f"{'error' if error.exit_code != 4 else 'stopped'}: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
@@ -98,7 +97,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in STORAGE_ERRNOS:
             raise
-        _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+        _say_of(error, f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         code = StorageError.exit_code
     if code == Stopped.exit_code and ("TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
         # torchrun takes any other code for a failure and starts the job again, srun for one that it has to end the
@@ -110,6 +109,16 @@ def exit_with(main: Callable[[], int | None]) -> None:
         except OSError:  # a log on a full disk: the interpreter would try once more and make the code 120 of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _say_of(error: BaseException, line: str) -> None:
+    """Of many ranks that end with the same line rank 0 speaks, and each that ends with another one. `spoken`: noted on
+    the error where the ranks have compared; before they have met, one of each machine speaks."""
+    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if rank == "0":
+        _say(line)
+    elif not getattr(error, "spoken", local != "0"):
+        _say(f"rank {rank}: {line}")
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,15 @@ from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
 from training.building import Fill
 from training.compile import compile_blocks
+from training.meeting import meet, part
 from training.recompute import RECOMPUTE, recompute
 from training.sharding import GATHERED, shard
 
 T = TypeVar("T")
-SHARED_ERRORS = {kind.__name__: kind for kind in (InputError, PreflightError, StorageError)}
+# What one rank tells the others, who raise it too.
+SHARED = (InputError, PreflightError, StorageError, Stopped, OSError)
+# How long a rank that has failed waits for the others: all raise what was shared; alone, it must not hold up the end.
+PARTING = timedelta(seconds=20)
 KINDS = ("none", "ddp", "fsdp", "hsdp")
 
 
@@ -82,6 +86,7 @@ class World:
 
     def __init__(self, config: ParallelConfig, device: torch.device, rank: int, size: int, mesh: DeviceMesh | None):
         self.config, self.device, self.rank, self.size, self.mesh = config, device, rank, size, mesh
+        self.again = False  # whether torchrun has started this job before
 
     @classmethod
     @contextmanager
@@ -99,24 +104,33 @@ class World:
             torch.cuda.set_device(device)  # resolve_device chose it: one GPU for each process of a node
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.timeout_seconds)
+        store: dist.Store = dist.HashStore()  # one process without torchrun is a world of one
+        rank, again = 0, False
         if "RANK" in os.environ:
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-            # torchrun keeps its store over restarts, with the addresses of the processes that are gone
-            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        else:  # one process without torchrun is a world of one
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        world = cls(config, device, dist.get_rank(), size, make_mesh(config, device.type, size))
-        together = True
+            store, again = meet(store, rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        world = cls(config, device, rank, size, None)
+        world.again = again
         try:
+            world.mesh = make_mesh(config, device.type, size)
             yield world
-        except BaseException as error:
-            together = isinstance(error, (Stopped, *SHARED_ERRORS.values()))
+        except SHARED as error:
             traceback.clear_frames(error.__traceback__)  # they hold the model
-            raise
-        finally:
+            line = f"{type(error).__name__}: {error}"
+            spoken = part(store, rank, size, line, PARTING) == line and rank != 0
+            cast(Any, error).spoken = spoken  # by rank 0, see errors.exit_with
             world.mesh = None
-            teardown(together)
+            teardown()
+            raise
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            world.mesh = None
+            teardown()
+            raise
+        part(store, rank, size, "", timeout)
+        world.mesh = None
+        teardown()
 
     @classmethod
     def alone(cls) -> World:
@@ -185,25 +199,43 @@ class World:
         return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in found]
 
     def from_main(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What `work` gives on rank 0 (JSON-able), on every rank. An error of this project is raised on all of them."""
+        """What `work` gives on rank 0 (JSON-able), on every rank. An error of this project or of the disk is
+        raised on all of them."""
         if self.mesh is None:
             return work()
         told: dict[str, Any] = {}
         if self.is_main:
             try:
                 told = {"value": work()}
-            except tuple(SHARED_ERRORS.values()) as error:
-                told = {"error": type(error).__name__, "text": str(error)}
+            except SHARED as error:
+                self.gather({"error": _tell(error)}, group)
+                raise
         told = self.gather(told, group)[0]
         if "error" in told:
-            raise SHARED_ERRORS[told["error"]](told["text"])
+            raise _told(told["error"])
         return told["value"]
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """What `work`, which talks to no other rank, gives on this one. An error of this project or of the disk on one
+        rank is raised on all, with the rank's number."""
+        if self.size == 1:
+            return work()
+        found: list[T] = []
+        problem = None
+        try:
+            found.append(work())
+        except SHARED as error:
+            problem = _tell(error)
+        for rank, seen in enumerate(self.gather(problem)):
+            if seen is not None:
+                raise _told(seen, f"rank {rank}: " if rank else "")
+        return found[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Rank 0 does it before the others, who find it done (a corpus to prepare)."""
-        found = []
+        found: list[T] = []
         self.from_main(lambda: found.append(work()))
-        return found[0] if found else work()
+        return self.everywhere(lambda: found[0] if found else work())
 
     def agree(self, facts: dict[str, str]) -> str:
         """The sha256 of facts that every rank must see alike. Raises InputError naming a rank that sees another one."""
@@ -215,7 +247,9 @@ class World:
 
     def side_group(self) -> dist.ProcessGroup | None:
         """A group of all ranks for another thread (checkpoints), whose messages mix with no other's."""
-        return None if self.mesh is None else dist.new_group(backend="gloo")
+        if self.mesh is None:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout_seconds))
 
 
 def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh:
@@ -229,10 +263,25 @@ def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def teardown(together: bool = True) -> None:
+def teardown() -> None:
     """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then (measured: 1 to 4
-    of 12), so the caller has let go of model and optimizer. together: the other ranks get here too."""
+    of 12), so the caller has let go of model and optimizer."""
     gc.collect()
-    if together:
-        dist.barrier()
     dist.destroy_process_group()
+
+
+def _tell(error: BaseException) -> dict[str, Any]:
+    """An error of `SHARED` for other ranks."""
+    if isinstance(error, OSError):
+        return {"error": "OSError", "arguments": [error.errno, error.strerror or str(error), error.filename]}
+    return {"error": type(error).__name__, "arguments": [str(error)]}
+
+
+def _told(error: dict[str, Any], where: str = "") -> Exception:
+    """The error again. where: which rank had it, in front of the text (of a disk's error, which becomes a line)."""
+    arguments = error["arguments"]
+    if error["error"] != "OSError":
+        kind = next(kind for kind in SHARED if kind.__name__ == error["error"])
+        return kind(where + arguments[0])
+    _, problem, path = arguments
+    return StorageError(f"{where}{path}: {problem}") if where else OSError(*arguments)

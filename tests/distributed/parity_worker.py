@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 parity_worker.py CASES.json: `Case`s as JSON, each w
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +105,7 @@ def train(world, case):
 
 def main(cases):
     configure_threads(1)
-    for number, case in enumerate(json.loads(Path(cases).read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # as after a restart: torchrun keeps its store
+    for case in json.loads(Path(cases).read_text()):  # as after a restart: torchrun keeps its store
         Case(**case).run()
 
 
