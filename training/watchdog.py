@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -56,9 +57,12 @@ class Watchdog:
             self._stop.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            if self.path.stat().st_size == 0:
-                self.path.unlink()
+            with contextlib.suppress(
+                OSError
+            ):  # gone meanwhile, a disk that refuses: a run still has its receipt to close
+                self._file.close()
+                if self.path.stat().st_size == 0:
+                    self.path.unlink()
 
     def _arm(self) -> None:
         self._armed = self._beaten

@@ -1,5 +1,6 @@
 """A process that hangs ends itself: by Python's thread, or by faulthandler's where Python is stuck too."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +62,19 @@ def test_beats_keep_it_quiet_and_nothing_stays(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     with Watchdog(0, tmp_path, reasons.append):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_gone_or_kept_is_no_trouble_at_the_end(tmp_path, monkeypatch):
+    with Watchdog(5, tmp_path, print):
+        (tmp_path / STACKS).unlink()
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with Watchdog(5, tmp_path, print):
+        pass
 
 
 def test_a_hung_run_closes_its_receipt(tmp_path):
