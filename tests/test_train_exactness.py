@@ -1,13 +1,12 @@
 """What a run must not depend on: interruptions, micro-batches, a bad step."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import last_weights, losses, make_place, receipt, start
+from tiny_run import last_weights, losses, make_place, receipt, start, stop_at
 
 import train
 from errors import Stopped
@@ -17,18 +16,6 @@ from training.lifecycle import Run
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     return make_place(tmp_path, monkeypatch)
-
-
-def stop_at(monkeypatch, step, wish=signal.SIGTERM):
-    """A signal while the given step is recorded."""
-    honest = Run.record
-
-    def record(self, state, *args):
-        honest(self, state, *args)
-        if state.step == step:
-            os.kill(os.getpid(), wish)
-
-    monkeypatch.setattr(Run, "record", record)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import train
+from training.lifecycle import Run
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TINY = """
 model:
   pattern: AMER
@@ -61,6 +64,18 @@ def start(monkeypatch, *overrides):
     return train.main()
 
 
+def stop_at(monkeypatch, step, wish=signal.SIGTERM):
+    """A signal while the given step is recorded."""
+    honest = Run.record
+
+    def record(self, state, *args):
+        honest(self, state, *args)
+        if state.step == step:
+            os.kill(os.getpid(), wish)
+
+    monkeypatch.setattr(Run, "record", record)
+
+
 def receipt(run_id):
     return json.loads(Path(f"runs/{run_id}/receipt.json").read_text())
 
@@ -80,6 +95,5 @@ def last_weights(run_id):
 
 
 def command(*arguments, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)

@@ -63,7 +63,7 @@ class Run:
         T = config.data.sequence_length
         self.meter = SpeedMeter(config.train.tokens, 3 * model.flops_per_token(T), machine.gflops * world.size)
         self.progress = Progress(self.meter, None if world.is_main else Console(quiet=True))
-        self.saver = Saver(config, folder, model, optimizer, self.progress.message, world)
+        self.saver = Saver(config, folder, data, model, optimizer, self.progress.message, world)
         self.drift = DriftMonitor(config.health, self._warn, device_memory(machine.device))
         self.watchdog = Watchdog(config.health.hung_step_seconds, folder.path, self._hung, world.rank)
         self.warnings = warnings

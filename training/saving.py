@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from errors import StorageError
+from data.prepared import Prepared
+from errors import InputError, StorageError
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer, Saved, load_checkpoint
+from training.checkpoint import Checkpointer, Saved, load_checkpoint, load_state
 from training.config import RunConfig
 from training.distributed import World
+from training.durable import canonical_json
 from training.measured import State
 from training.optimizer import optimizer_tensors
-from training.receipt import Receipt
+from training.receipt import Receipt, read_receipt
 from training.run import RunFolder
 from training.weights import load_weights
 
@@ -27,6 +31,7 @@ class Saver:
         self,
         config: RunConfig,
         folder: RunFolder,
+        data: Prepared,
         model: HybridLM,
         optimizer: torch.optim.AdamW,
         message: Callable[[str], None],
@@ -34,14 +39,19 @@ class Saver:
     ) -> None:
         self.config, self.folder, self.model, self.optimizer = config, folder, model, optimizer
         self.message = message
+        self.world, self.data = world, data_identity(data)
         self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message, world)
         self._on_disk: int | None = None  # the newest step known to be there, whole
         self._listed: list[Saved] = []
 
     def restore(self) -> State:
-        """Fills model and optimizer from the newest valid checkpoint, or the model alone from `init_from`."""
+        """Fills model and optimizer from the newest valid checkpoint, or the model alone from `init_from`.
+
+        Raises InputError, on every rank, if that checkpoint was trained on other data than what is there now.
+        """
         path = self.checkpoints.latest_valid() if self.folder.resumes else None
         if path is not None:
+            self.world.from_main(lambda: self._require_same_data(path))
             state = State(**load_checkpoint(path, self._tensors())["run"])
             self._on_disk = state.step
             return state
@@ -56,7 +66,7 @@ class Saver:
 
     def save(self, state: State) -> None:
         """A failed save is said by `message` and costs nothing but itself: the run goes on."""
-        stored = {"run": asdict(state), "config_sha256": self.config.sha256}
+        stored = {"run": asdict(state), "config_sha256": self.config.sha256, "data": self.data}
         self.checkpoints.save(state.step, self._tensors(), stored)
 
     def note(self, receipt: Receipt) -> None:
@@ -77,6 +87,20 @@ class Saver:
     def wait(self) -> None:
         self.checkpoints.wait()
 
+    def _require_same_data(self, path: Path) -> None:
+        """The config names texts, it does not hold them: a file that came or went makes other token ids and another
+        order. A checkpoint of an earlier version does not know its data; the receipt of its run does."""
+        was = load_state(path).get("data") or read_receipt(self.folder.path).get("data")
+        if not isinstance(was, dict) or not was.get("manifest_sha256"):
+            return  # neither says
+        if not any(was.get(key) == now for key, now in self.data.items()):
+            then, now = str(was["manifest_sha256"])[:12], self.data["manifest_sha256"][:12]
+            raise InputError(
+                f"{self.folder.path}: its data were {then} (sha256 of the manifest) and are now {now}; put the "
+                f"texts back as they were, or start a new run (another run_id, resume=never) "
+                f"with init_from={self.folder.run_id}"
+            )
+
     def _tensors(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
 
@@ -84,3 +108,13 @@ class Saver:
         self._listed = self.checkpoints.saved[-1:]
         for saved in self.checkpoints.saved:
             receipt.checkpoint(saved.step, saved.state["run"]["tokens"], saved.path, saved.manifest_sha256)
+
+
+def data_identity(data: Prepared) -> dict[str, str]:
+    """manifest_sha256: as the receipt has it. tokens_sha256: of what training sees alone, since a manifest also quotes
+    the config and its notes, which a later version may word differently for the same tokens."""
+    tokens = {key: data.manifest[key] for key in ("tokenizer", "corpora")}
+    return {
+        "manifest_sha256": data.manifest_sha256,
+        "tokens_sha256": hashlib.sha256(canonical_json(tokens)).hexdigest(),
+    }
