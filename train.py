@@ -36,7 +36,7 @@ from training.recompute import repeatable
 from training.run import RunFolder, choose_run
 from training.schedule import learning_rate_factor
 from training.sharding import keep_gathered
-from training.signals import StopSignals
+from training.signals import StopSignals, ends_at_once
 
 
 def main() -> int:
@@ -47,8 +47,9 @@ def main() -> int:
     parser.add_argument("--print-layout", action="store_true", help="print the table of blocks; start nothing")
     arguments = parser.parse_intermixed_args()
 
-    config = load_config(arguments.config, arguments.overrides)
-    warnings = config.validate()
+    with ends_at_once():
+        config = load_config(arguments.config, arguments.overrides)
+        warnings = config.validate()
     if arguments.dry_run or arguments.print_layout:
         summary.preview(config, warnings, Console(), layout_only=arguments.print_layout)
     else:

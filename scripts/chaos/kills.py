@@ -103,7 +103,7 @@ def signal_chains(place: Place, zygote: Zygote, quota: Quota, tally: Tally, seed
                 signals += 1
                 quota.count(False)
                 tally.note(GROUP_SIGNALS, a_second_one_ended_it=1)
-            elif code in (-signal.SIGTERM, 130):  # before the run was open: nothing to save yet
+            elif code in (-signal.SIGTERM, -signal.SIGINT, 130):  # before the run was open: nothing to save yet
                 signals += 1
                 quota.count(False)
                 tally.note(GROUP_SIGNALS, before_the_run_was_open=1)

@@ -106,6 +106,7 @@ def serve(warm: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not mix with the answers
     import train
+    from scripts.chaos import faults  # noqa: F401 - loaded before the forks, as all else
     from training import hardware
 
     # a measured speed that only `gemm_share` shows, 0.3 s per start
@@ -116,6 +117,7 @@ def serve(warm: str) -> None:
     answers.write(json.dumps({"seconds": time.monotonic() - began}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the child is where a command would be: in main
         pid = os.fork()
         if pid == 0:
             _child(request)
@@ -140,6 +142,7 @@ def _child(request: dict[str, Any]) -> None:
         parallel._backend_init_process_lock = None
         FAULTS[request["fault"]]()
         sys.argv = ["train.py", *request["arguments"]]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         exit_with(train.main)
     except SystemExit as leaving:
         code = int(leaving.code or 0)

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from training.signals import StopSignals
+from training.signals import StopSignals, ends_at_once
 
 SCRIPT = """
     import sys, time
-    from training.signals import StopSignals
+    from training.signals import StopSignals, ends_at_once
     with StopSignals() as stop:
         print("ready", flush=True)
         for _ in range(600):
@@ -83,3 +83,38 @@ def test_below_a_launcher_the_copy_of_a_signal_is_one_wish(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a person who means it
         assert left == [1, 1, 1]
+
+
+EARLY = """
+    import os, signal, sys
+    from training.signals import ends_at_once
+    class Library:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+    try:
+        with ends_at_once():
+            Library()  # Python drops what is raised in here
+            print("not interrupted", flush=True)
+    finally:
+        print("cleaned up", flush=True)
+"""
+
+
+def test_an_interrupt_is_not_lost_in_a_library_before_the_run_is_open():
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(EARLY)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""
+
+
+def test_afterwards_an_interrupt_is_an_exception_again():
+    with ends_at_once():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_handler_that_is_there_stays():
+    with StopSignals() as stop, ends_at_once():
+        signal.raise_signal(signal.SIGINT)
+    assert stop.requested
