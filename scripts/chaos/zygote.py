@@ -146,6 +146,8 @@ def _child(request: dict[str, Any]) -> None:
         exit_with(train.main)
     except SystemExit as leaving:
         code = int(leaving.code or 0)
+    except KeyboardInterrupt:  # between two lines of this function
+        code = 130
     except BaseException:
         import traceback
 
