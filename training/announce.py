@@ -29,10 +29,11 @@ def opening(
 
 def closing(folder: RunFolder, state: State, metrics: dict[str, Any], stp_enabled: bool) -> list[str]:
     live, path, run_id = state.live_tokens, folder.path, folder.run_id
+    speed = metrics["tokens_per_second"]  # None: the receipt that had it is gone, and no step was left to measure
     stp = [f"STP live over tokens {live}" if live else "STP: control, no live tokens"] if stp_enabled else []
     again = f"python train.py {path}/config.yaml run_id={run_id}-more init_from={run_id}"
     return [
-        f"finished: {state.step:,} steps, {state.tokens:,} tokens, {metrics['tokens_per_second']:,.0f} tokens/s",
+        f"finished: {state.step:,} steps, {state.tokens:,} tokens" + (f", {speed:,.0f} tokens/s" if speed else ""),
         *stp,
         f"run folder: {path}",
         f"next: python -m scripts.plot_run {path}   (draw its curves)",

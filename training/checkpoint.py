@@ -28,7 +28,7 @@ from errors import InputError, require_choice, require_number
 from training.distributed import World
 from training.durable import canonical_json, fsync_path, write_durably
 from training.manifest import damages, read_manifest, write_manifest
-from training.tensor_store import Tree, flatten, read_tensors, snapshot, write_tensors
+from training.tensor_store import Tree, flatten, open_shards, read_tensors, require_stored, snapshot, write_tensors
 
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 TEMPORARY = ".saving-"
@@ -101,7 +101,7 @@ class Checkpointer:
         state that is not JSON-able or a leaf that is no tensor, before writing.
         """
         earlier = self.wait()
-        if self.saved and self.saved[-1].step == step and self.saved[-1].path.is_dir():
+        if self.saved and self.saved[-1].step == step and self._together(self.saved[-1].path.is_dir):
             return earlier  # the cadence and a stop may meet at the same step
         data = canonical_json({"step": step, "state": state})
         state = json.loads(data)["state"]  # a copy that the caller cannot change under the writing thread
@@ -140,8 +140,8 @@ class Checkpointer:
         return None
 
     def load(self, path: str | Path, into: Tree) -> dict[str, Any]:
-        """Checks the manifest, fills the tensors of `into` in place, returns the state. See `load_checkpoint`."""
-        return load_checkpoint(path, into)
+        """See `load_checkpoint`; the ranks of the run do it together."""
+        return load_checkpoint(path, into, self.world)
 
     def paths(self) -> list[Path]:
         """Every finished checkpoint folder, newest first, valid or not."""
@@ -165,10 +165,10 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
         try:
-            self._together(self._prune)
+            there = self._together(self._prune)  # another machine of a shared disk may not see them yet
+            self.saved = [saved for saved in self.saved if saved.path.name in there]
         except Exception as error:
             self.message(f"old checkpoints were not removed: {_spell(error)}")
-        self.saved = [saved for saved in self.saved if saved.path.is_dir()]
 
     def _together(self, work: Callable[[], Any], everywhere: bool = False) -> Any:
         """Work of rank 0 (of every rank with `everywhere`) that fails on all ranks if it fails on one. Returns what
@@ -222,8 +222,9 @@ class Checkpointer:
                 shutil.rmtree(path)
         self._cleaned = True
 
-    def _prune(self) -> None:
-        """Keeps the newest `keep_last` sound ones and the multiples of `keep_every`; removes what is older."""
+    def _prune(self) -> list[str]:
+        """Keeps the newest `keep_last` sound ones and the multiples of `keep_every`; removes what is older. Returns
+        the names of those that are there."""
         sound = 0
         for path in self.paths():
             if sound < self.config.keep_last:
@@ -235,24 +236,31 @@ class Checkpointer:
             # renamed first: a kill while deleting must not leave something that looks like a damaged checkpoint
             doomed = self.folder / f"{DELETING}{path.name}"
             path.rename(doomed)
-            self.saved = [saved for saved in self.saved if saved.path != path]
             shutil.rmtree(doomed)
+        return [path.name for path in self.paths()]
 
 
-def load_checkpoint(path: str | Path, into: Tree) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, into: Tree, world: World | None = None) -> dict[str, Any]:
     """Checks every byte against the manifest, fills the tensors of `into` in place, and returns the state.
 
     `into` has the form given to `save`, or only some of its top-level sections: {"model": model.state_dict()} takes
-    the weights alone. Raises InputError: damaged, or names, shapes or dtypes differ (nothing is filled then).
+    the weights alone. world: the ranks that load it together share the reading of bytes for their hashes.
+    Raises InputError, on all of them: damaged, or names, shapes or dtypes differ (nothing is filled then).
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such checkpoint")
-    problems = damages(path)
-    if problems:
-        raise InputError(f"{path}: damaged checkpoint: {problems[0]}")
-    state = load_state(path)
-    read_tensors(path / "tensors", flatten(into), set(into))
+    path, flat, world = Path(path), flatten(into), world or World.alone()
+
+    def check() -> dict[str, Any]:
+        if not path.is_dir():
+            raise InputError(f"{path}: no such checkpoint")
+        problems = damages(path, part=(world.rank, world.size))
+        if problems:
+            raise InputError(f"{path}: damaged checkpoint: {problems[0]}")
+        state = load_state(path)
+        require_stored(path / "tensors", flat, set(into))
+        return state
+
+    state = world.everywhere(check)
+    read_tensors(path / "tensors", flat)
     return state
 
 
@@ -282,14 +290,7 @@ def _unreadable(path: Path) -> list[str]:
         load_state(path)
         if read_manifest(path)["step"] != step_of(path):
             return ["manifest.json: is of another step"]
-        shards = sorted((path / "tensors").glob("*.safetensors"))
-        if not shards:
-            return ["tensors: no safetensors file"]
-        from safetensors import safe_open
-
-        for shard in shards:
-            with safe_open(shard, framework="pt"):
-                pass
+        open_shards(path / "tensors")
     except Exception as error:  # safetensors raises many kinds on foreign bytes
         return [_spell(error)]
     return []

@@ -91,16 +91,14 @@ class Run:
         facts = {"config": config.sha256, "corpus": self.data.manifest_sha256, "torch": str(torch.__version__)}
         self.agreement = self.world.agree(facts)
         self.restored = state = self.saver.restore()
-        if self.world.is_main:
-            self._open_books(letters)
-        else:
-            self.receipt = Receipt.unwritten(folder.run_id)
-            self.tracker = NoTracker()
+        if not self.world.is_main:
+            self.receipt, self.tracker = Receipt.unwritten(folder.run_id), NoTracker()
+        self.world.from_main(lambda: self._open_books(letters))
         self.receipt.resume(state.step, state.tokens, state.live_tokens)
         self.progress.__enter__()
         for line in opening(folder, state, self.machine, self.data, self.model, self.warnings):
             self.progress.message(line)
-        self.watchdog.__enter__()
+        self.world.everywhere(self.watchdog.__enter__)
 
     def _claim(self) -> bool:
         """Makes this process the owner of the folder; whether a run was started there before."""
@@ -254,8 +252,9 @@ class Run:
         if self.config.stp.enabled and not self.objective.is_control and not state.live_tokens:
             raise PreflightError("STP is on but was never live: the gate opened on no step with a valid triple")
         self._close("finished", steps=state.step, skipped_steps=state.skipped_steps)
-        for line in closing(self.folder, state, self.receipt.content["metrics"], self.config.stp.enabled):
-            self.progress.message(line)
+        if self.world.is_main:
+            for line in closing(self.folder, state, self.receipt.content["metrics"], self.config.stp.enabled):
+                self.progress.message(line)
 
     def _warn(self, text: str) -> None:
         """A line in the log, and in the receipt."""

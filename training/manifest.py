@@ -50,10 +50,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def damages(folder: Path, *, hashes: bool = True) -> list[str]:
+def damages(folder: Path, *, hashes: bool = True, part: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint folder, one "file: problem" each; [] = sound.
 
     hashes=False compares names and sizes only: cheap, blind to flipped bits, for housekeeping and never for loading.
+    part: (k, n) compares the hashes of every n-th file from the k-th on, where n readers share the work.
     """
     try:
         expected = read_manifest(folder)["files"]
@@ -62,8 +63,8 @@ def damages(folder: Path, *, hashes: bool = True) -> list[str]:
         return [str(error)]
     found = [f"{name}: missing" for name in sorted(expected.keys() - present)]
     found += [f"{name}: not in the manifest" for name in sorted(present - expected.keys())]
-    for name in sorted(expected.keys() & present):
-        problem = _compare(folder / name, expected[name], hashes)
+    for number, name in enumerate(sorted(expected.keys() & present)):
+        problem = _compare(folder / name, expected[name], hashes and number % part[1] == part[0])
         found += [f"{name}: {problem}"] if problem else []
     return found
 

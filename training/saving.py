@@ -13,7 +13,7 @@ import torch
 from data.prepared import Prepared
 from errors import InputError, StorageError
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer, Saved, load_checkpoint, load_state
+from training.checkpoint import Checkpointer, Saved, load_state
 from training.config import RunConfig
 from training.distributed import World
 from training.durable import canonical_json
@@ -52,13 +52,13 @@ class Saver:
         path = self.checkpoints.latest_valid() if self.folder.resumes else None
         if path is not None:
             self.world.from_main(lambda: self._require_same_data(path))
-            state = State(**load_checkpoint(path, self._tensors())["run"])
+            state = State(**self.checkpoints.load(path, self._tensors())["run"])
             self._on_disk = state.step
             return state
         if self.folder.resumes:
             self.message(f"{self.folder.path}: no valid checkpoint, starting from the beginning")
         if self.config.init_from is not None:
-            load_weights(self.config.init_from, self.model)
+            load_weights(self.config.init_from, self.model, self.world)
         return State()
 
     def due(self, step: int) -> bool:

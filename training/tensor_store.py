@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from errors import InputError, nearest
@@ -57,19 +58,30 @@ def write_tensors(folder: Path, flat: dict[str, Tensor], group: Any = None) -> N
         raise _cause(error) from None
 
 
-def read_tensors(folder: Path, into: dict[str, Tensor], sections: set[str]) -> None:
-    """Fills the tensors of `into` in place, bit for bit.
-
-    Everything is compared before anything is written: raises InputError if a name, shape or dtype differs (`sections`
-    are the top-level names that must match completely) or if a file is no safetensors file.
-    """
-    dcp = _dcp()
+def require_stored(folder: Path, into: dict[str, Tensor], sections: set[str]) -> None:
+    """Before `read_tensors`: raises InputError if a name, shape or dtype differs (`sections` are the top-level names
+    that must match completely) or if a file is no safetensors file. Talks to no other rank."""
     stored = stored_shapes(folder)
     require_same(folder, {name: stored[name] for name in stored if name.split(".", 1)[0] in sections}, into)
+
+
+def read_tensors(folder: Path, into: dict[str, Tensor]) -> None:
+    """Fills the tensors of `into` in place, bit for bit; all ranks together. Raises InputError."""
+    dcp = _dcp()
     try:
         dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.CheckpointException as error:
         raise InputError(f"{folder}: not readable: {_one_line(_cause(error))}") from None
+
+
+def open_shards(folder: Path) -> None:
+    """Raises an exception (of many kinds) unless there are shards and each can be opened."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise InputError(f"{folder.name}: no safetensors file")
+    for shard in shards:
+        with safe_open(shard, framework="pt"):
+            pass
 
 
 def stored_shapes(folder: Path) -> dict[str, Shape]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import InputError
 from training.checkpoint import load_checkpoint
+from training.distributed import World
 from training.durable import replace_atomically, sha256_file
 from training.run import find_checkpoint
 from training.tensor_store import flatten, require_same, stored_shapes
@@ -44,22 +45,36 @@ def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> 
     return sorted(weights)
 
 
-def load_weights(name: str | Path, model: nn.Module) -> None:
+def load_weights(name: str | Path, model: nn.Module, world: World | None = None) -> None:
     """Fills a model from a run id, a run or checkpoint folder, or a file of `export_weights`.
 
     A predictor of STP that is stored is left out, and one that the model has stays as it is, whatever the source: a run
     that starts from weights begins its own (see above).
     A file is compared with the hash beside it (`X.sha256`) where there is one: safetensors itself does not notice
-    damage. Raises InputError: not there, damaged, or of another model (nothing is filled then).
+    damage. Raises InputError, on every rank of `world`: not there, damaged, or of another model (nothing is filled
+    then).
     """
-    path = Path(name)
+    path, world = Path(name), world or World.alone()
     into = {key: tensor for key, tensor in flatten(model.state_dict()).items() if not key.startswith(LOSS_ONLY)}
-    if not path.is_file():
-        checkpoint = find_checkpoint(str(name))
+    is_file = world.from_main(path.is_file)
+    if not is_file:
+        checkpoint = Path(world.from_main(lambda: str(find_checkpoint(str(name)))))
         # read and thrown away: a section is compared as a whole
-        unused = {key: tensor for key, tensor in _empty(checkpoint).items() if key.startswith(LOSS_ONLY)}
-        load_checkpoint(checkpoint, {"model": {**into, **unused}})
+        empty = world.everywhere(lambda: _empty(checkpoint))
+        unused = {key: tensor for key, tensor in empty.items() if key.startswith(LOSS_ONLY)}
+        load_checkpoint(checkpoint, {"model": {**into, **unused}}, world)
         return
+    stored = world.everywhere(lambda: _read(path, into))
+    with torch.no_grad():
+        for key, tensor in into.items():
+            whole = stored[key]
+            if isinstance(tensor, DTensor):  # each rank takes its part
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            tensor.copy_(whole)
+
+
+def _read(path: Path, into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file of `export_weights`, if they are those of `into`. Raises InputError."""
     beside = path.with_name(f"{path.name}.sha256")
     if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [sha256_file(path)]:
         raise InputError(f"{path}: damaged: its sha256 is not the one in {beside.name}")
@@ -69,12 +84,7 @@ def load_weights(name: str | Path, model: nn.Module) -> None:
         raise InputError(f"{path}: not a safetensors file: {error}") from None
     stored = {key: value for key, value in stored.items() if not key.startswith(LOSS_ONLY)}
     require_same(path, {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}, into)
-    with torch.no_grad():
-        for key, tensor in into.items():
-            whole = stored[key]
-            if isinstance(tensor, DTensor):  # each rank takes its part
-                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
-            tensor.copy_(whole)
+    return stored
 
 
 def _empty(checkpoint: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from blocks.mblock import Mamba2Config
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
-from training.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
+from training.checkpoint import CheckpointConfig, Checkpointer
 from training.distributed import ParallelConfig, World
 from training.machine import configure_threads
 from training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, optimizer_tensors
@@ -70,8 +70,8 @@ def train(world, case):
     tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
     first = 0
     if case.load:
-        path = Checkpointer(case.load, world=world).latest_valid()
-        first = load_checkpoint(path, tensors)["step"]
+        keeper = Checkpointer(case.load, world=world)
+        first = keeper.load(keeper.latest_valid(), tensors)["step"]
     found = []
     for step in range(first, first + case.steps):
         tokens, ids, row_ids = batch(step)

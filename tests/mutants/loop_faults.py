@@ -28,7 +28,7 @@ def gate(new: str) -> tuple[Rewrite, ...]:
 
 def restored(change: str) -> tuple[Rewrite, ...]:
     """What comes back from a checkpoint, changed."""
-    stored = 'load_checkpoint(path, self._tensors())["run"]'
+    stored = 'self.checkpoints.load(path, self._tensors())["run"]'
     return (Rewrite(Saver.restore, stored, "{**" + stored + f", {change}}}"),)
 
 
