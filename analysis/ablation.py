@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.statistics import PairedResult, holm, paired, smallest_sign_flip_p
+from analysis.statistics import PairedResult, holm, minimum_detectable_effect, paired, smallest_sign_flip_p
 from errors import InputError, nearest
 
 Row = dict[str, Any]
@@ -17,13 +17,15 @@ ALPHA = 0.05
 # Below this many pairs there is no verdict: two or three differences that are alike by chance (shares of 1,000 answers
 # take few values) pass a t test.
 MIN_PAIRS = 5
+BROKEN = "NOT IDENTICAL: pairs are broken"
 
 
 @dataclass(frozen=True)
 class Outcomes:
     """rows: one per finished run. axes: names of columns. metrics: column -> higher | lower is better, first = primary.
 
-    planned: run ids of the whole grid, finished or not. notes: sentences to be said first.
+    planned: run ids of the whole grid, finished or not. notes: sentences to be said first. placebos: arms that must end
+    with the baseline's weights.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Outcomes:
     settings: list[Row] = field(default_factory=list)
     planned: int = 0
     notes: tuple[str, ...] = ()
+    placebos: tuple[str, ...] = ()
 
     @property
     def points(self) -> list[tuple[Any, ...]]:
@@ -47,6 +50,14 @@ class Outcomes:
     @property
     def seeds(self) -> list[int]:
         return sorted({int(row["seed"]) for row in self.rows})
+
+    @property
+    def families(self) -> dict[tuple[tuple[Any, ...], int], list[Row]]:
+        """(point, seed) -> its runs: those that pairs are made of."""
+        found: dict[tuple[tuple[Any, ...], int], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((tuple(row[name] for name in self.axes), int(row["seed"])), []).append(row)
+        return found
 
     def values(
         self, metric: str, arm: str, point: tuple[Any, ...], rows: Sequence[Row] | None = None
@@ -66,7 +77,8 @@ class Outcomes:
 class Comparison:
     """where: the label of a point; "mean of all points" (per seed); or "a minus b", whether the effect differs.
 
-    identical: every pair ended with the very same weights. p_holm: of p_t, over comparisons of this metric and kind.
+    identical: every pair ended with the very same weights. broken: a pair of a placebo did not. p_holm: of p_t, over
+    comparisons of this metric and kind. detectable_holm: result.detectable at 5% / their number, Holm's first step.
     """
 
     metric: str
@@ -77,9 +89,13 @@ class Comparison:
     arm_mean: float
     result: PairedResult
     identical: bool
+    broken: bool
     p_holm: float = math.nan
+    detectable_holm: float = math.nan
 
     def verdict(self, direction: str) -> str:
+        if self.broken:
+            return BROKEN
         if self.identical:
             return "identical, bit for bit"
         if self.result.n < MIN_PAIRS:
@@ -95,21 +111,32 @@ class Comparison:
             **about,
             **asdict(self.result),
             "p_holm": self.p_holm,
+            "detectable_holm": self.detectable_holm,
             "p_flip_smallest": smallest,
             "verdict": self.verdict(direction),
         }
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV file; numbers become numbers, empty fields None. [] if there is no such file."""
+    """Rows of a CSV file; numbers become numbers, empty fields None. [] if there is no such file.
+
+    Hashes and commits stay text, whatever their digits look like.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{name: _parsed(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: (text or None) if _is_hash(name) else _parsed(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def compare(outcomes: Outcomes) -> list[Comparison]:
-    """All metrics, arms and points. Raises InputError if a metric is no column, or the baseline has no run."""
+    """All metrics, arms and points.
+
+    Raises InputError: a metric is no column, the baseline has no run, or a pair was trained on different data.
+    """
+    _check_data(outcomes)
     columns = {name for row in outcomes.rows for name in row}
     found: list[Comparison] = []
     for metric in outcomes.metrics:
@@ -120,6 +147,17 @@ def compare(outcomes: Outcomes) -> list[Comparison]:
     if not found and outcomes.rows and not any(row["arm"] == outcomes.baseline for row in outcomes.rows):
         raise InputError(f"baseline: no run of arm {outcomes.baseline} is finished, so nothing can be compared")
     return found
+
+
+def _check_data(outcomes: Outcomes) -> None:
+    for rows in outcomes.families.values():
+        known = [row for row in rows if row.get("manifest_sha256")]
+        for row in known:
+            if row["manifest_sha256"] != known[0]["manifest_sha256"]:
+                raise InputError(
+                    f"results: {known[0]['run_id']} and {row['run_id']} are a pair but were trained on different data "
+                    f"(manifest_sha256 {known[0]['manifest_sha256']} and {row['manifest_sha256']})"
+                )
 
 
 def _at_points(outcomes: Outcomes, metric: str) -> Iterable[Comparison]:
@@ -165,8 +203,10 @@ def _comparison(
     seeds = [seed for seed in mine if seed in base]
     if seeds:
         means = [sum(values[seed] for seed in seeds) / len(seeds) for values in (base, mine)]
-        same = _identical(outcomes, arm, points)
-        yield Comparison(metric, arm, kind, where, means[0], means[1], paired(mine, base), same)
+        weights = _weights(outcomes, arm, points)
+        same = bool(weights) and all(one and one == other for one, other in weights)
+        broken = arm in outcomes.placebos and any(one and other and one != other for one, other in weights)
+        yield Comparison(metric, arm, kind, where, means[0], means[1], paired(mine, base), same, broken)
 
 
 def _mean_over_points(outcomes: Outcomes, metric: str, arm: str) -> dict[int, float]:
@@ -175,21 +215,28 @@ def _mean_over_points(outcomes: Outcomes, metric: str, arm: str) -> dict[int, fl
     return {seed: sum(at[seed] for at in values) / len(values) for seed in sorted(complete)}
 
 
-def _identical(outcomes: Outcomes, arm: str, points: list[tuple[Any, ...]]) -> bool:
-    """Whether every pair there is ended with the same weights."""
-    weights: dict[Any, dict[str, Any]] = {}
-    for row in outcomes.rows:
-        point = tuple(row[name] for name in outcomes.axes)
-        if point in points and row["arm"] in (arm, outcomes.baseline):
-            weights.setdefault((point, row["seed"]), {})[row["arm"]] = row.get("weights_sha256")
-    pairs = [pair for pair in weights.values() if len(pair) == 2]
-    return bool(pairs) and all(pair[arm] and pair[arm] == pair[outcomes.baseline] for pair in pairs)
+def _weights(outcomes: Outcomes, arm: str, points: list[tuple[Any, ...]]) -> list[tuple[Any, Any]]:
+    """Hashes of the last weights of every pair there: the baseline's and the arm's."""
+    found = []
+    for (point, _), rows in outcomes.families.items():
+        hashes = {row["arm"]: row.get("weights_sha256") for row in rows}
+        if point in points and arm in hashes and outcomes.baseline in hashes:
+            found.append((hashes[outcomes.baseline], hashes[arm]))
+    return found
 
 
 def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
     """Holm over those that could have differed at all."""
-    p_values = [math.nan if comparison.identical else comparison.result.p_t for comparison in comparisons]
-    return [Comparison(**{**vars(c), "p_holm": p}) for c, p in zip(comparisons, holm(p_values))]
+    p_values = [math.nan if c.identical or c.broken else c.result.p_t for c in comparisons]
+    level = ALPHA / max(1, sum(not math.isnan(p) for p in p_values))
+    return [replace(c, p_holm=p, detectable_holm=_detectable(c, level)) for c, p in zip(comparisons, holm(p_values))]
+
+
+def _detectable(comparison: Comparison, level: float) -> float:
+    result = comparison.result
+    if math.isnan(result.detectable):
+        return math.nan
+    return minimum_detectable_effect(result.sd, result.n, level)
 
 
 def _treated(outcomes: Outcomes) -> list[str]:
@@ -203,6 +250,10 @@ def is_number(value: Any) -> bool:
 
 def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_hash(column: str) -> bool:
+    return column == "git" or column.endswith("sha256")
 
 
 def _parsed(text: str | None) -> Any:

@@ -43,7 +43,7 @@ EXTRA_STYLE = """
   padding: .4rem .7rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.better td:last-child { color: var(--ok); font-weight: 650; }
-tr.worse td:last-child { color: var(--look); font-weight: 650; }
+tr.worse td:last-child, tr.NOT td:last-child { color: var(--look); font-weight: 650; }
 """
 
 
@@ -121,7 +121,8 @@ def _comparisons(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
             text += f"<h3>{escape(metric)} ({direction} is better)</h3>" + _table(rows, classes=True)
     return text + (
         '<p class="muted">Intervals and p values: Student, paired; Holm over each kind of comparison. Detectable: the '
-        "true difference that this number of pairs finds with 80% probability at 5%, before Holm.</p>"
+        "true difference that this number of pairs finds with 80% probability at 5%, before Holm, and "
+        "at the level that Holm's first step asks for.</p>"
     )
 
 

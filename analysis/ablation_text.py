@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.ablation import MIN_PAIRS, Comparison, Outcomes, is_number, number
+from analysis.ablation import BROKEN, MIN_PAIRS, Comparison, Outcomes, is_number, number
 from analysis.statistics import smallest_sign_flip_p
 
 KINDS = {
@@ -45,7 +46,8 @@ def markdown(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> str:
     parts.append(
         f"95% intervals and p values are Student's (paired); Holm corrects them over all comparisons of one table. The "
         f"sign-flip test needs no normal distribution, but with {n} pairs it cannot be below {smallest}. Detectable: "
-        f"the true difference that this number of seeds would find with 80% probability at 5%, without the correction. "
+        f"the true difference that this number of seeds would find with 80% probability at 5%, without the correction; "
+        f"detectable (Holm): at 5% divided by the number of comparisons in the table, Holm's first step. "
         f"A verdict needs {MIN_PAIRS} pairs and p (Holm) below 0.05; no difference shown does not mean no difference. "
         f"Seeds are the only thing that varies: nothing here speaks of other data, sizes or schedules."
     )
@@ -102,15 +104,22 @@ def comparison_row(comparison: Comparison, direction: str) -> dict[str, Any]:
         "p (Holm)": p_text(comparison.p_holm),
         "p (sign flips)": p_text(result.p_flip),
         "detectable": short(result.detectable),
+        "detectable (Holm)": short(comparison.detectable_holm),
         "verdict": comparison.verdict(direction),
     }
 
 
 def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences for the top of the page: what was shown by the primary metric, and what could not have been."""
+    """Sentences for the top of the page: what makes the rest worthless, what was shown by the primary metric, and what
+    could not have been."""
     primary, direction = next(iter(outcomes.metrics.items()))
     mine = [c for c in comparisons if c.metric == primary]
-    found = list(outcomes.notes)
+    found = [
+        f"{arm}: {BROKEN}. Its STP term sends no gradient, yet its weights are not those of {outcomes.baseline}: runs "
+        f"of one seed differ by more than their arms, and no difference below can be trusted."
+        for arm in dict.fromkeys(c.arm for c in comparisons if c.broken)
+    ]
+    found += [*_code(outcomes), *outcomes.notes]
     for comparison in mine:
         verdict = comparison.verdict(direction)
         if verdict in ("better", "worse"):
@@ -121,11 +130,13 @@ def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]
             )
     open_ones = [c for c in mine if c.verdict(direction) == "no difference shown"]
     if open_ones:
-        sizes = [c.result.detectable for c in open_ones]
-        found.append(
-            f"No difference in {primary} was shown in {len(open_ones)} of {len(mine)} comparisons; true differences "
-            f"below {short(min(sizes))} to {short(max(sizes))} would mostly have been missed."
+        sizes = [c.detectable_holm for c in open_ones if is_number(c.detectable_holm)]
+        missed = (
+            f"; true differences below {short(min(sizes))} to {short(max(sizes))} would mostly have been missed"
+            if sizes
+            else ""
         )
+        found.append(f"No difference in {primary} was shown in {len(open_ones)} of {len(mine)} comparisons{missed}.")
     few = [c for c in mine if c.verdict(direction).startswith("no verdict")]
     if few:
         sizes = [abs(c.result.mean) for c in few]
@@ -136,6 +147,21 @@ def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]
     for arm in dict.fromkeys(c.arm for c in mine if c.identical):
         found.append(f"{arm} ended with the weights of {outcomes.baseline}, bit for bit, in every pair.")
     return found or ["No pair is finished."]
+
+
+def _code(outcomes: Outcomes) -> list[str]:
+    """Said where not all runs came from the same code."""
+    states = Counter(str(row["git"]) for row in outcomes.rows if row.get("git"))
+    if len(states) < 2:
+        return []
+    families = outcomes.families.values()
+    mixed = sum(len({row["git"] for row in rows if row.get("git")}) > 1 for rows in families)
+    listed = ", ".join(f"{state}: {n} runs" for state, n in states.most_common(4))
+    more = f" and {len(states) - 4} more" if len(states) > 4 else ""
+    return [
+        f"Runs come from {len(states)} states of the code ({listed}{more}); in {mixed} of {len(families)} sets of runs "
+        f"that are compared (same seed and point) they are mixed, so differences there need not be the arms' alone."
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -27,8 +27,8 @@ class PairedResult:
     low, high: Student's interval (exact for normal differences, honest for few pairs). bootstrap_low, bootstrap_high:
     percentile bootstrap of the mean (too narrow below ten pairs or so; given for comparison). p_t: paired t test.
     p_flip: sign-flip permutation test, exact up to 13 pairs; it cannot be smaller than 2 / 2^n. p_sign: sign test.
-    detectable: the true mean difference that a two-sided t test at 5% would find with 80% probability. NaN where n is
-    too small to say.
+    detectable: the true mean difference that a two-sided t test at 5% would find with 80% probability, one that stands
+    alone (see analysis/ablation.py for one of many). NaN where n is too small to say.
     """
 
     n: int

@@ -60,8 +60,7 @@ def main() -> int:
         if not arguments.report and (grid.folder / "runs").is_dir():
             grid = with_threads(grid, arguments.grid, jobs)
             write_results(grid)
-        report(grid, folder, console)
-        return 0
+        return 0 if report(grid, folder, console) else 1
     grid = with_threads(grid, arguments.grid, jobs)
     check_folder(grid)
     chosen = grid.select(arguments.filter)
@@ -85,12 +84,11 @@ def main() -> int:
         console.print(f"failed: {run_id}: {reason}", markup=False)
     n_done = sum(is_done(grid, cell) for cell in grid.cells)
     store_plan(grid)
-    if n_done:
-        report(grid, grid.folder, console)
+    sound = report(grid, grid.folder, console) if n_done else True
     if outcome.interrupted:
         console.print(f"stopped with {n_done} of {len(grid.cells)} runs done; the same command goes on", markup=False)
         return 4
-    return 1 if outcome.failed else 0
+    return 1 if outcome.failed or not sound else 0
 
 
 def with_threads(grid: Grid, path: str, jobs: int) -> Grid:

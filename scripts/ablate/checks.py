@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from errors import require
 from scripts.ablate.space import is_trial
-from training.config import RunConfig, config_sha256
+from training.config import RunConfig, config_sha256, differing_keys
 
 if TYPE_CHECKING:
     from scripts.ablate.grid import Cell, Grid
 
+# The one key of `data` that does not change what is stored, only how it is cut.
+ROWS = "data.sequence_length"
+
 
 def check_pairs(grid: Grid) -> None:
-    """Every arm has the seeds that the others have at the same point."""
+    """Every arm has the seeds that the others have at the same point, and the data of the baseline."""
     seeds: dict[tuple[str, str], set[int]] = {}
     for cell in grid.cells:
         seeds.setdefault((str(cell.point), cell.arm), set()).add(cell.seed)
@@ -27,6 +31,10 @@ def check_pairs(grid: Grid) -> None:
             f"{grid.path}: arm {arm}",
             f"has no run of seed {', '.join(map(str, missing))}{at}; pairs need it",
         )
+    for cell, base in _pairs(grid):
+        keys = [key for key in differing_keys(base.config, cell.config) if key.startswith("data.") and key != ROWS]
+        changes = f"changes {', '.join(keys)}, so its pairs would not share their data; make it an axis"
+        require(not keys, f"{grid.path}: arm {cell.arm}", changes)
     present = {arm for _, arm in seeds}
     absent = [arm for arm in grid.arms if arm not in present]
     require(not absent, f"{grid.path}: filters", f"leave no run of arm {', '.join(absent)}")
@@ -48,6 +56,29 @@ def check_different(grid: Grid) -> None:
             f"{grid.path}",
             f"runs {other.run_id} and {cell.run_id} are equal after merging; drop one of them",
         )
+
+
+def placebos(grid: Grid) -> tuple[str, ...]:
+    """Arms that differ from the baseline in nothing that reaches the weights: no STP, or one that sends no gradient, on
+    both sides, and all else equal. They must end with the baseline's weights, bit for bit."""
+    same: dict[str, bool] = {}
+    for cell, base in _pairs(grid):
+        same[cell.arm] = same.get(cell.arm, True) and _equal_but_for_silent_stp(cell.config, base.config)
+    return tuple(arm for arm in grid.arms if same.get(arm))
+
+
+def _pairs(grid: Grid) -> Iterator[tuple[Cell, Cell]]:
+    """Each run of an arm with the baseline's of the same point and seed, where there is one."""
+    bases = {(str(cell.point), cell.seed): cell for cell in grid.cells if cell.arm == grid.baseline}
+    for cell in grid.cells:
+        base = bases.get((str(cell.point), cell.seed))
+        if base is not None and base is not cell:
+            yield cell, base
+
+
+def _equal_but_for_silent_stp(one: RunConfig, other: RunConfig) -> bool:
+    silent = all(not config.stp.enabled or config.stp.variant == "detached" for config in (one, other))
+    return silent and all(key.startswith("stp.") for key in differing_keys(one, other))
 
 
 def effective_sha256(config: RunConfig) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from analysis.ablation import Comparison, Outcomes, compare, read_rows
+from analysis.ablation import BROKEN, Comparison, Outcomes, compare, read_rows
 from analysis.ablation_page import page
 from analysis.ablation_svg import paired_svg
 from analysis.ablation_text import comparison_row, markdown
 from analysis.tables import strict
 from errors import InputError
+from scripts.ablate.checks import placebos
 from scripts.ablate.grid import Grid
 from scripts.ablate.plan import table
 from scripts.ablate.results import differences, to_csv
@@ -46,16 +47,18 @@ def load_outcomes(grid: Grid, folder: Path) -> Outcomes:
         differences(grid),
         len(grid.cells),
         (search_summary(grid.search, read_trials(folder)),) if grid.search is not None else (),
+        placebos(grid),
     )
 
 
-def report(grid: Grid, folder: Path, console: Console) -> None:
+def report(grid: Grid, folder: Path, console: Console) -> bool:
     """Writes comparisons.csv, summary.json, tables.md and paired-*.svg into the folder, and the page.
 
     The page is report.html in the grid's own folder; that of another folder (small files to be committed) is there too,
     under that folder's name.
     A Markdown file beside the folder with its name (docs/results/x.md for docs/results/x) that has a results part gets
-    that part anew. Raises InputError, OSError.
+    that part anew. Returns whether pairs are pairs: False if a placebo differs from the baseline. Raises InputError,
+    OSError.
     """
     outcomes = load_outcomes(grid, folder)
     comparisons = compare(outcomes)
@@ -90,6 +93,10 @@ def report(grid: Grid, folder: Path, console: Console) -> None:
         if rows:
             console.print(table(f"{metric} ({direction} is better)", rows))
     console.print(f"page: {page_path}", markup=False)
+    broken = list(dict.fromkeys(c.arm for c in comparisons if c.broken))
+    for arm in broken:
+        console.print(f"{arm}: {BROKEN}; see the page", markup=False)
+    return not broken
 
 
 def with_results(document: str, text: str) -> str:

@@ -78,12 +78,13 @@ def result_rows(grid: Grid) -> list[Row]:
                 **cell.point,
                 "seed": cell.seed,
                 "config_sha256": cell.sha256[:16],
-                "manifest_sha256": str(receipt.get("data", {}).get("manifest_sha256"))[:16],
+                "manifest_sha256": _short(receipt.get("data", {}).get("manifest_sha256")),
+                "git": _code(receipt),
                 "step": receipt.get("step"),
                 "tokens": receipt.get("tokens"),
                 **{name: metrics.get(name) for name in RECEIPT_METRICS},
                 **{name: value for name, value in evaluation.items() if name != "weights_sha256"},
-                "weights_sha256": str(evaluation.get("weights_sha256"))[:16],
+                "weights_sha256": _short(evaluation.get("weights_sha256")),
             }
         )
     return rows
@@ -166,6 +167,21 @@ def _flatten(tree: Any, prefix: str = "") -> Any:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _short(digest: Any) -> str | None:
+    return str(digest)[:16] if digest else None
+
+
+def _code(receipt: dict[str, Any]) -> str | None:
+    """The commits that a run was trained with, one after the other; +dirty and a hash where files had been changed."""
+    states = []
+    for start in receipt.get("starts") or []:
+        git = start.get("git") or {}
+        changed = git.get("dirty_sha256")
+        if git.get("commit"):
+            states.append(f"{git['commit'][:12]}{f'+dirty.{changed[:8]}' if changed else ''}")
+    return " then ".join(dict.fromkeys(states)) or None
 
 
 def _seconds(receipt: dict[str, Any]) -> float | None:

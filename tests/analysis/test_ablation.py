@@ -11,6 +11,7 @@ from analysis.ablation import Outcomes, compare, read_rows
 from analysis.ablation_page import page
 from analysis.ablation_svg import paired_svg
 from analysis.ablation_text import findings, markdown
+from analysis.statistics import minimum_detectable_effect
 from errors import InputError
 
 NASTY = "</script><b>&\"'"
@@ -34,6 +35,7 @@ def outcomes(**changes):
     settings = [{"arm": arm, "stp.form": "triple"} for arm in ("none", "good", "placebo", NASTY)]
     given = {"name": "g", "question": NASTY, "baseline": "none", "arms": ("none", "good", "placebo", NASTY)}
     given |= {"axes": ("train_fraction",), "metrics": {"exact": "higher"}, "rows": rows, "curves": curves}
+    given |= {"placebos": ("placebo",)}
     return Outcomes(**{**given, "costs": costs, "settings": settings, "planned": 40, **changes})
 
 
@@ -59,8 +61,61 @@ def test_a_placebo_is_identical_only_if_its_weights_are():
     # and takes no part in the correction: two others at two points
     others = [c for c in found if c.kind == "point" and c.arm != "placebo"]
     assert find(found, "good", "point", "0.25").p_holm == pytest.approx(4 * min(c.result.p_t for c in others))
-    rows = [{**row, "weights_sha256": "z" if row["arm"] == "placebo" else "y"} for row in outcomes().rows]
-    assert find(compare(outcomes(rows=rows)), "placebo", "point").verdict("higher") == "no difference shown"
+
+
+def test_a_placebo_that_is_not_identical_breaks_the_pairs_and_is_said_first():
+    """One pair of ten suffices; another arm that differs is an arm."""
+    rows = [dict(row) for row in outcomes().rows]
+    next(row for row in rows if row["run_id"] == "placebo-0.25-s3")["weights_sha256"] = "other"
+    result = outcomes(rows=rows, notes=("a note",))
+    found = compare(result)
+    broken = find(found, "placebo", "point", "0.25")
+    assert broken.verdict("higher") == "NOT IDENTICAL: pairs are broken" and broken.as_row("higher")["p_flip"] == 1.0
+    assert find(found, "placebo", "point", "1").verdict("higher") == "identical, bit for bit"
+    assert find(found, "placebo", "mean").verdict("higher") == broken.verdict("higher")
+    assert "broken" not in find(found, NASTY, "point").verdict("higher")
+    first, *others = findings(result, found)
+    assert first.startswith("placebo: NOT IDENTICAL: pairs are broken") and "a note" in others
+    assert 'class="NOT"' in page(result, found, "x")
+    # a run whose weights are not known says nothing, and without a placebo among the arms it is an arm like others
+    for row in rows:
+        row["weights_sha256"] = row["weights_sha256"] if row["arm"] == "none" else None
+    assert not any(c.broken for c in compare(outcomes(rows=rows)))
+    assert not any(c.broken for c in compare(outcomes(rows=result.rows, placebos=())))
+
+
+def test_a_pair_that_was_trained_on_different_data_is_no_pair():
+    rows = [{**row, "manifest_sha256": f"m{row['train_fraction']}"} for row in outcomes().rows]
+    assert compare(outcomes(rows=rows))  # of different points they may differ
+    next(row for row in rows if row["run_id"] == "good-0.25-s3")["manifest_sha256"] = "another"
+    with pytest.raises(InputError, match=r"none-0\.25-s3 and good-0\.25-s3 are a pair but .*different data .*another"):
+        compare(outcomes(rows=rows))
+
+
+def test_runs_of_different_code_are_said():
+    rows = [{**row, "git": "aaa" if row["seed"] < 3 else "bbb"} for row in outcomes().rows]
+    assert not any("code" in line for line in findings(outcomes(), compare(outcomes())))
+    (line,) = (line for line in findings(outcomes(rows=rows), compare(outcomes(rows=rows))) if "code" in line)
+    assert "2 states of the code (aaa: 24 runs, bbb: 16 runs); in 0 of 10 sets" in line
+    next(row for row in rows if row["run_id"] == "good-0.25-s0")["git"] = "aaa+dirty.12345678"
+    (line,) = (line for line in findings(outcomes(rows=rows), compare(outcomes(rows=rows))) if "code" in line)
+    assert "3 states of the code" in line and "in 1 of 10 sets" in line
+
+
+def test_what_holm_leaves_detectable_is_what_is_said():
+    """Four comparisons of one table take part: the first step asks for 5% / 4."""
+    result = outcomes(placebos=())
+    found = [c for c in compare(result) if c.kind == "point" and not c.identical]
+    assert len(found) == 4
+    for comparison in found:
+        sd, n = comparison.result.sd, comparison.result.n
+        assert comparison.detectable_holm == pytest.approx(minimum_detectable_effect(sd, n, 0.05 / 4))
+        assert comparison.detectable_holm > comparison.result.detectable
+    open_ones = [c for c in compare(result) if c.verdict("higher") == "no difference shown"]
+    (line,) = (line for line in findings(result, compare(result)) if line.startswith("No difference"))
+    sizes = [c.detectable_holm for c in open_ones]
+    assert f"differences below {min(sizes):.4g} to {max(sizes):.4g} would" in line
+    assert "| detectable | detectable (Holm) | verdict |" in markdown(result, compare(result))
 
 
 def test_unfinished_grids_pair_what_is_there():
@@ -111,7 +166,8 @@ def test_the_picture_is_well_formed_and_has_a_dot_per_seed():
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    (tmp_path / "r.csv").write_text("run_id,x,y\na,1,0.5\nb,,nan\n")
+    (tmp_path / "r.csv").write_text("run_id,x,y,git,weights_sha256\na,1,0.5,0123456,12e4567890123456\nb,,nan,,\n")
     rows = read_rows(tmp_path / "r.csv")
-    assert rows[0] == {"run_id": "a", "x": 1, "y": 0.5} and rows[1]["x"] is None
+    assert rows[0] == {"run_id": "a", "x": 1, "y": 0.5, "git": "0123456", "weights_sha256": "12e4567890123456"}
+    assert rows[1]["x"] is None and rows[1]["git"] is None
     assert read_rows(tmp_path / "none.csv") == []

@@ -9,6 +9,7 @@ from tiny_run import make_place
 
 from errors import InputError
 from scripts.ablate import __main__ as command
+from scripts.ablate.checks import placebos
 from scripts.ablate.expression import Expression
 from scripts.ablate.grid import load_grid
 from scripts.ablate.results import check_folder, differences, result_rows, run_folder
@@ -70,6 +71,11 @@ def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
         ({"arms": {"a": {"stp.weight": 0.1}, "b": {}}, "baseline": "a"}, "runs a-s0 and b-s0 are equal after merging"),
         # with STP off nothing else of it counts
         ({"arms": {"none": {"stp.weight": 0}, "b": {"stp.weight": 0, "stp.n_spans": 9}}}, "are equal after merging"),
+        # an arm of other data has no pair: refused before hours of training, not by the report after them
+        (
+            {"arms": {"none": {"stp.weight": 0}, "b": {"data.train_fraction": 0.5}}},
+            "arm b: changes data.train_fraction, so its pairs would not share their data; make it an axis",
+        ),
         ({"filters": ["seed > 7"]}, "filters: leave none of the runs"),
         ({"filters": ['arm != "triple"']}, "leave no run of arm triple"),
         ({"filters": ['arm != "triple" or seed == 0']}, "arm triple: has no run of seed 1"),
@@ -163,6 +169,17 @@ def test_the_command_and_environment_of_a_run(place):
     assert {"--answers=test", "--limit=7", "--checkpoints=keep"} <= set(words)
     assert environment(grid, 2)["OMP_NUM_THREADS"] == "2" and environment(grid, 2)["WANDB_RUN_GROUP"] == "g"
     assert result_rows(grid) == []
+
+
+def test_placebos_are_the_arms_that_must_equal_the_baseline(place):
+    arms = {**GRID["arms"], "other": {"stp.variant": "detached", "optimizer.learning_rate": 0.1}}
+    assert placebos(load_grid(write(place, arms=arms))) == ("placebo",)
+    # also where no column of the differences tells
+    overrides = {"stp.variant": "detached"}
+    arms = {"none": {"stp.weight": 0}, "a": {"stp.weight": 0.1}, "b": {"stp.weight": 0.2, "stp.form": "consecutive"}}
+    assert placebos(load_grid(write(place, arms=arms, overrides=overrides))) == ("a", "b")
+    assert placebos(load_grid(write(place, arms=arms, overrides=overrides, baseline="b"))) == ("none", "a")
+    assert placebos(load_grid(write(place, baseline="triple"))) == ()
 
 
 def test_expressions():

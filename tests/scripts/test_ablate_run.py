@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny_run import ROOT, make_place
 
 from errors import InputError
+from scripts.ablate import __main__ as command
 from scripts.ablate import runner, slurm
 from scripts.ablate.grid import load_grid
 from scripts.ablate.results import is_done, result_rows, run_folder, write_results
@@ -37,10 +38,14 @@ if folder.name.rsplit("-", 1)[0] == os.environ.get("FAIL"):
     sys.exit("this arm is broken")
 with (folder / "count").open("a") as file:
     file.write("x")
-receipt = {"status": "finished", "tokens": 900, "step": 9, "metrics": {"val_bits_per_byte": 2.0}, "starts": [{}]}
+git = {"commit": "a" * 40, "dirty_sha256": os.environ.get("DIRTY")}
+receipt = {"status": "finished", "tokens": 900, "step": 9, "metrics": {"val_bits_per_byte": 2.0}}
+receipt["starts"] = [{"git": git}]
+receipt["data"] = {"manifest_sha256": "d" * 64}
 (folder / "receipt.json").write_text(json.dumps(receipt))
 settings = {"answers": "none", "limit": None, "curvature_rows": 8}
-(folder / "evaluation.json").write_text(json.dumps({"settings": settings, "metrics": {"weights_sha256": "a"}}))
+weights = os.environ.get("PLACEBO", "same") if folder.name.startswith("placebo") else "same"
+(folder / "evaluation.json").write_text(json.dumps({"settings": settings, "metrics": {"weights_sha256": weights}}))
 """
 
 
@@ -82,11 +87,52 @@ def test_a_failed_arm_is_reported_and_the_rest_goes_on_and_a_restart_does_what_i
     assert set(counts.values()) == {"x"}  # nothing ran twice
 
 
+def ablate(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scripts.ablate", "g.yaml", "--jobs=3", *arguments])
+    code = command.main()
+    return code, capsys.readouterr().out
+
+
+def test_a_placebo_that_differs_fails_the_command_and_its_report(grid, stand_in, monkeypatch, capsys):
+    assert ablate(monkeypatch, capsys)[0] == 0
+    monkeypatch.setenv("PLACEBO", "other")
+    Path("ablations").rename("first")
+    code, shown = ablate(monkeypatch, capsys)
+    assert code == 1 and "placebo: NOT IDENTICAL: pairs are broken" in shown
+    assert ablate(monkeypatch, capsys, "--report")[0] == 1
+    assert "- placebo: NOT IDENTICAL: pairs are broken" in (grid.folder / "tables.md").read_text()
+
+
+def test_the_table_knows_the_code_and_pairs_of_different_data_are_refused(grid, stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("DIRTY", "b" * 64)
+    ablate(monkeypatch, capsys, "--filter", "seed == 0")
+    monkeypatch.delenv("DIRTY")
+    assert ablate(monkeypatch, capsys)[0] == 0
+    assert {row["seed"]: row["git"] for row in result_rows(grid)} == {
+        0: "aaaaaaaaaaaa+dirty.bbbbbbbb",
+        1: "aaaaaaaaaaaa",
+    }
+    assert "2 states of the code" in (grid.folder / "tables.md").read_text()
+    receipt = json.loads((grid.folder / "runs/triple-s1/receipt.json").read_text())
+    receipt["starts"].append({"git": {"commit": "c" * 40, "dirty_sha256": None}})
+    receipt["data"]["manifest_sha256"] = "e" * 64
+    (grid.folder / "runs/triple-s1/receipt.json").write_text(json.dumps(receipt))
+    assert result_rows(grid)[-1]["git"] == "aaaaaaaaaaaa then cccccccccccc"
+    with pytest.raises(InputError, match="none-s1 and triple-s1 are a pair but were trained on different data"):
+        ablate(monkeypatch, capsys, "--report")
+
+
 def test_a_stop_ends_what_runs_starts_nothing_more_and_can_go_on(grid, stand_in, monkeypatch):
     monkeypatch.setenv("SLEEP", "30")
     started = time.monotonic()
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+
+    def stop_both(*_):
+        if len(list(Path("ablations/g/runs").glob("*/output.log"))) == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGALRM, stop_both)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.1)
     outcome, _ = run(grid, jobs=2)
     assert outcome.interrupted and outcome.done == 0 and not outcome.failed
     assert time.monotonic() - started < 10
