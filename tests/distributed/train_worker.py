@@ -1,7 +1,8 @@
 """train.py with a mishap: torchrun ... train_worker.py MISHAP train-arguments...
 
 none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects;
-other:R = rank R was given another config; dead:R = on rank R the embedding's state is detached for STP after 25 calls.
+other:R = rank R was given another config; dead:R = on rank R the embedding's state is detached for STP after 25 calls;
+alone:R = rank R alone meets bad input after its second step.
 """
 
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 
 import train
+from errors import InputError
 from losses.objective import Objective
 from model.hybrid import HybridLM, HybridOutput
 from training.lifecycle import Run
@@ -21,6 +23,17 @@ def stop_after(step):
         record(self, state, *rest)
         if state.step == step and self.world.rank == self.world.size - 1:  # one rank is told, all must stop
             os.kill(os.getpid(), signal.SIGTERM)
+
+    Run.record = recorded
+
+
+def alone_on(rank):
+    record = Run.record
+
+    def recorded(self, state, *rest):
+        record(self, state, *rest)
+        if state.step == 2 and self.world.rank == rank:
+            raise InputError("texts: a file\nof this machine alone")
 
     Run.record = recorded
 
@@ -59,6 +72,8 @@ if __name__ == "__main__":
         stop_after(int(argument))
     elif mishap == "cut":
         cut_on(int(argument))
+    elif mishap == "alone":
+        alone_on(int(argument))
     elif mishap == "dead":
         dead_on(int(argument))
     elif mishap == "other" and os.environ.get("RANK") == argument:
