@@ -66,7 +66,7 @@ def train(config: RunConfig, name: str, warnings: list[str]) -> None:
 
 def train_in(world: World, machine: Machine, config: RunConfig, name: str, warnings: list[str]) -> None:
     """To the token budget or a stop signal. Whatever can be known about the run is in its folder afterwards."""
-    folder = RunFolder.from_json(world.from_main(lambda: choose_run(config, name).as_json()))
+    folder = RunFolder.from_json(world.from_main(lambda: choose_run(config, name, again=world.again).as_json()))
     with show_progress() as progress:
         data = world.main_first(lambda: prepare(config.data, progress=progress))
 

@@ -18,7 +18,7 @@ def opening(
     letters, counts = "".join(model.letters), parameter_counts(model)
     kernels = "; ".join(f"{name}: {kernel}" for name, kernel in machine.kernels(letters).items())
     return [
-        *(f"note: {warning}" for warning in [*warnings, *data.notes]),
+        *(f"note: {warning}" for warning in [*folder.notes, *warnings, *data.notes]),
         f"run {folder.path}" + (f", continued from step {restored.step}" if folder.resumes else ""),
         f"machine: {machine.describe()}",
         f"kernels: {kernels}",

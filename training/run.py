@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import InputError, nearest
+from errors import InputError, Stopped, nearest
 from training.checkpoint import Checkpointer
 from training.config import RunConfig, differing_keys, load_config
 from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner
@@ -23,11 +25,13 @@ UNFINISHED = ("running", "stopped", "preempted", "crashed", "killed")
 
 @dataclass
 class RunFolder:
-    """path: runs/<run_id>. resumes: a run was started there and is continued. known: the folder was there."""
+    """path: runs/<run_id>. resumes: a run was started there and is continued. known: the folder was there. notes: what
+    a person should know about the choice."""
 
     path: Path
     resumes: bool
     known: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """For other ranks."""
@@ -75,15 +79,26 @@ class RunFolder:
                 self.path.rmdir()
 
 
-def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFolder:
+def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS, again: bool = False) -> RunFolder:
     """Resolves `run_id` and `resume` to a folder; creates nothing.
 
     resume auto: an explicit run_id is continued if it exists, else the newest unfinished run of this very config;
     never: a new folder; anything else: that run. A folder where nothing was started yet (`scripts.launch` makes those,
     and so does a kill right after the start) is begun. Raises InputError: no such run, a run of another config, a run
     that is finished, or one whose process is alive.
+
+    again: torchrun starts the processes of this job once more. Then `auto` and `never` both mean the run that the job
+    has begun: its run_id, else the newest run of this config. Raises Stopped if that is finished, and InputError if
+    another machine holds it: nothing begins at step 0 unseen.
     """
+    notes: list[str] = []
     named = config.resume if config.resume not in ("auto", "never") else config.run_id
+    if again:
+        path = runs / (named or next((run_id for run_id, _ in _runs_of(config, runs)), ""))
+        if read_receipt(path).get("status") == "finished":
+            raise Stopped(f"{path} is finished; nothing is left to do")
+        if path != runs and path.exists():
+            return _continued(path, config)
     if config.resume == "never":
         path = runs / (config.run_id or new_run_id(config_name, runs))
         if path.exists():
@@ -92,21 +107,39 @@ def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS) -> RunFol
     if named is not None:
         path = runs / named
         if path.exists():
-            _check_can_continue(path, config)
-            owner = live_owner(path)
-            if owner is not None:
-                raise InputError(f"{path}: {describe_owner(owner)} is running it")
-            return RunFolder(path, has_started(path), known=True)
+            return _continued(path, config)
         if config.resume != "auto":
             raise InputError(f"resume: no run {path}{nearest(named, _run_ids(runs))}")
         return RunFolder(path, resumes=False)
-    newest_first = sorted(runs.glob("*/receipt.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for run_id in (path.parent.name for path in newest_first):
-        receipt = read_receipt(runs / run_id)
-        unfinished = receipt.get("config_sha256") == config.sha256 and receipt.get("status") in UNFINISHED
-        if unfinished and live_owner(runs / run_id) is None:
-            return RunFolder(runs / run_id, resumes=True, known=True)
-    return RunFolder(runs / new_run_id(config_name, runs), resumes=False)
+    for run_id, status in _runs_of(config, runs):
+        owner = live_owner(runs / run_id)
+        if status in UNFINISHED and owner is None:
+            return RunFolder(runs / run_id, resumes=True, known=True, notes=notes)
+        if status in UNFINISHED and owner is not None and owner.get("host") != socket.gethostname():
+            notes.append(
+                f"{runs / run_id}, a run of this config, is left alone: {describe_owner(owner)} may be running it; if "
+                f"that machine is gone, `python -m scripts.launch resume {run_id} --take-over`"
+            )
+    return RunFolder(runs / new_run_id(config_name, runs), resumes=False, notes=notes)
+
+
+def _runs_of(config: RunConfig, runs: Path) -> Iterator[tuple[str, str]]:
+    """(run id, status) of the runs of this very config, newest first."""
+    for path in sorted(runs.glob("*/receipt.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        receipt = read_receipt(path.parent)
+        if receipt.get("config_sha256") == config.sha256:
+            yield path.parent.name, str(receipt.get("status"))
+
+
+def _continued(path: Path, config: RunConfig) -> RunFolder:
+    """A run that is there. Raises InputError if it cannot be continued, or is running."""
+    _check_can_continue(path, config)
+    owner = live_owner(path)
+    if owner is not None:
+        over = f"; if that machine is gone, `python -m scripts.launch resume {path.name} --take-over`"
+        over = over if owner.get("host") != socket.gethostname() else ""
+        raise InputError(f"{path}: {describe_owner(owner)} is running it{over}")
+    return RunFolder(path, has_started(path), known=True)
 
 
 def new_run_id(config_name: str, runs: Path = RUNS) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from errors import InputError
+from errors import InputError, Stopped
 from training.config import RunConfig
 from training.ownership import process_identity
 from training.run import choose_run, find_checkpoint
@@ -129,3 +129,39 @@ def test_init_from_needs_a_valid_checkpoint(make):
         find_checkpoint("empty", make.root)
     with pytest.raises(InputError, match=r"no run or checkpoint emtpy.*did you mean 'empty'"):
         find_checkpoint("emtpy", make.root)
+
+
+def again(make, **keys):
+    return choose_run(RunConfig(**keys), "demo", make.root, again=True)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "mine"])
+def test_a_job_that_is_started_again_continues_what_it_began(make, resume):
+    make("older", status="stopped")
+    make("mine", status="running")
+    found = again(make, resume=resume)
+    assert found.run_id == "mine" and found.resumes
+    assert again(make, resume="never", run_id="older").run_id == "older"
+
+
+def test_a_job_that_is_started_again_before_it_began_a_run_begins_one(make):
+    make("other", RunConfig(seed=9), status="stopped")
+    assert not again(make).resumes
+    assert again(make, resume="never", run_id="new").run_id == "new"
+
+
+@pytest.mark.parametrize("keys", [{}, {"resume": "never"}, {"run_id": "done"}])
+def test_a_job_that_is_started_again_after_its_end_does_nothing(make, keys):
+    make("older", status="stopped")
+    make("done", status="finished")
+    with pytest.raises(Stopped, match="done is finished"):
+        again(make, **keys)
+
+
+def test_a_run_on_another_machine_is_named_and_never_begun_anew_by_a_restart(make):
+    make("away", process=process_identity() | {"host": "elsewhere"})
+    found = choose(make)
+    assert not found.resumes and "away, a run of this config, is left alone" in found.notes[0]
+    assert "scripts.launch resume away --take-over" in found.notes[0]
+    with pytest.raises(InputError, match=r"process .* on elsewhere is running it; .*resume away --take-over"):
+        again(make)
