@@ -34,8 +34,11 @@ class Ownership:
         # thread_local off: taken on the main thread, may be released by the watchdog's
         self._lock = FileLock(self.folder / LOCK, thread_local=False)
 
-    def take(self) -> None:
-        """Raises InputError naming the owner if there is one, OSError if the folder cannot be written."""
+    def take(self, gone: dict[str, Any] | None = None) -> None:
+        """Raises InputError naming the owner if there is one, OSError if the folder cannot be written.
+
+        gone: the note of a process on another machine of which somebody (Slurm) knows that it is dead.
+        """
         until = time.monotonic() + PATIENCE_SECONDS
         while not self._try():
             owner = live_owner(self.folder)
@@ -44,7 +47,8 @@ class Ownership:
             time.sleep(0.05)
         try:
             owner = read_owner(self.folder)
-            if owner and owner.get("host") != socket.gethostname() and not _same_slurm_job(owner):
+            elsewhere = owner and owner != gone and owner.get("host") != socket.gethostname()
+            if elsewhere and not _same_slurm_job(owner):
                 raise InputError(
                     f"{self.folder}: {describe_owner(owner)} is running it; if that machine is gone, "
                     f"`python -m scripts.launch resume {self.folder.name} --take-over`"

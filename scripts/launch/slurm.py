@@ -21,6 +21,10 @@ WARNING_SECONDS = 180
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
 
+class NotInstalledError(InputError):
+    """Slurm's commands are not on this machine: nothing can be asked here, and no job of it runs here."""
+
+
 def render(folder: Path, job: Job) -> str:
     """The batch script, complete: it can be read, changed and submitted by hand."""
     options = [
@@ -88,7 +92,10 @@ def submit(folder: Path, job: Job) -> None:
 
 
 def state(job_id: str) -> str | None:
-    """Slurm's word for a job that it still has (PENDING, RUNNING, ...), or None."""
+    """Slurm's word for a job that it still has (PENDING, RUNNING, ...), or None: it has ended, or there never was one.
+
+    Raises NotInstalledError, and InputError with Slurm's words where it does not answer: that is no end of a job.
+    """
     try:
         word = slurm_command("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
     except InputError as error:
@@ -96,6 +103,20 @@ def state(job_id: str) -> str | None:
             return None
         raise
     return word if word in LIVING else None
+
+
+def has_node(host: str) -> bool:
+    """Whether a machine is one of the Slurm that answers here, and not of another cluster with the same files.
+
+    Raises like `state`.
+    """
+    try:
+        slurm_command("scontrol", "show", "node", host.split(".")[0])
+    except InputError as error:
+        if "not found" in str(error):
+            return False
+        raise
+    return True
 
 
 def stop(job_id: str, now: bool) -> None:
@@ -117,7 +138,9 @@ def slurm_command(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise InputError(f"{command[0]}: not installed here; use --backend local, or start from a login node") from None
+        raise NotInstalledError(
+            f"{command[0]}: not installed here; use --backend local, or start from a login node"
+        ) from None
     except subprocess.TimeoutExpired:
         raise InputError(f"{command[0]}: no answer from Slurm within 60 s") from None
     if done.returncode != 0:

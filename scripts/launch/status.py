@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from training.receipt import mark_killed, read_receipt
 from training.watchdog import STACKS
 
 TAIL_BYTES = 1 << 16
-ALIVE = ("running", "starting", "queued")
+# unknown: Slurm, which has its job, does not answer; nothing may take that for an end
+ALIVE = ("running", "starting", "queued", "unknown")
 
 
 @dataclass
 class RunStatus:
-    """state: queued, starting, running, or how it ended (finished, stopped, preempted, crashed, killed, refused,
-    failed = it ended before it opened a receipt, new = never started)."""
+    """state: queued, starting, running, unknown (Slurm does not answer), or how it ended (finished, stopped, preempted,
+    crashed, killed, refused, failed = it ended before it opened a receipt, new = never started)."""
 
     run_id: str
     state: str
@@ -58,7 +60,7 @@ class RunStatus:
 def describe(folder: Path) -> RunStatus:
     """Reads everything, and closes the receipt of a process that is found dead (`killed`)."""
     job = Job.read(folder)
-    state, owner = state_of(folder)
+    state, owner, said = state_of(folder)
     receipt = read_receipt(folder)
     last = _last_step(folder / METRICS)
     total = _total_tokens(folder)
@@ -68,7 +70,7 @@ def describe(folder: Path) -> RunStatus:
     left = max(total - tokens, 0) / speed if total and speed and state == "running" else None
     checkpoints = receipt.get("checkpoints") or [{}]
     stp, live = _stp(folder, receipt)
-    reason = receipt.get("reason") if state not in ("new", *ALIVE) else None
+    reason = receipt.get("reason") if state not in ("new", *ALIVE) else said
     if state == "failed":
         reason = _last_line(folder / LOG)
     elif state == "killed" and _has_text(folder / STACKS):
@@ -95,43 +97,63 @@ def describe(folder: Path) -> RunStatus:
     )
 
 
-def state_of(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """The state and the process that owns the run, if one lives. Closes the receipt of a dead one."""
+def state_of(folder: Path) -> tuple[str, dict[str, Any] | None, str | None]:
+    """The state, the process that owns the run if one lives, and what Slurm said where that leaves the state unknown.
+    Closes the receipt of a dead process."""
     job = Job.read(folder)
     owner = live_owner(folder)
+    gone = owner if owner is not None and _ended_under_slurm(owner) else None
+    if gone is not None:
+        _bury(folder, gone)
+        owner = live_owner(folder)
     receipt = read_receipt(folder).get("status")
-    if owner is not None:
-        return ("running" if receipt == "running" else "starting"), owner
+    if owner is not None and owner != gone:
+        return ("running" if receipt == "running" else "starting"), owner, None
     if job is not None and local_processes(folder, job):
-        return "starting", job.process
+        return "starting", job.process, None
     if job is not None and job.slurm_job:
-        word = _slurm_state(job.slurm_job)
-        if word == "PENDING":
-            return "queued", None
-        if word is not None:
-            return "starting", None
-    if receipt == "running":
-        own = Ownership(folder)
         try:
-            own.take()  # a start that happens right now is not overwritten
-            mark_killed(folder)
-        except InputError:
-            return "starting", read_owner(folder) or None
-        except OSError:
-            pass  # a read-only disk: said, not written
-        finally:
-            own.release()
-        return "killed", None
+            word = slurm.state(job.slurm_job)
+        except slurm.NotInstalledError:
+            word = None
+        except InputError as error:
+            return "unknown", None, str(error)
+        if word is not None:
+            return ("queued" if word == "PENDING" else "starting"), None, None
+    if receipt == "running":
+        buried = _bury(folder, gone)
+        return ("killed", None, None) if buried else ("starting", read_owner(folder) or None, None)
     if receipt is None:
-        return ("failed" if job is not None else "new"), None
-    return str(receipt), None
+        return ("failed" if job is not None else "new"), None, None
+    return str(receipt), None, None
 
 
-def _slurm_state(job_id: str) -> str | None:
+def _ended_under_slurm(owner: dict[str, Any]) -> bool:
+    """Whether Slurm knows that a process on another machine is dead: a job of a machine of its own that is over, or
+    waits for another start. Where it does not answer, nobody knows."""
+    if not owner.get("slurm_job") or owner.get("host") == socket.gethostname():
+        return False
     try:
-        return slurm.state(job_id)
+        ended = slurm.state(str(owner["slurm_job"])) in (None, "PENDING")
+        return ended and slurm.has_node(str(owner.get("host")))
     except InputError:
-        return None  # asked on a machine without Slurm
+        return False
+
+
+def _bury(folder: Path, gone: dict[str, Any] | None) -> bool:
+    """Closes the receipt of a dead process and removes its note, under the lock: a start that happens right now is not
+    overwritten (False). On a disk that refuses it is said and not written."""
+    own = Ownership(folder)
+    try:
+        own.take(gone)
+        mark_killed(folder)
+    except InputError:
+        return False
+    except OSError:
+        pass
+    finally:
+        own.release()
+    return True
 
 
 def _last_step(path: Path) -> dict[str, Any]:

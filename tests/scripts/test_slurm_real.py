@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 import slurm_daemons
 from tiny_run import ROOT, TINY
+
+from errors import InputError
+from scripts.launch import slurm
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,3 +80,29 @@ def test_preempted_requeued_continued_stopped_and_collected(tmp_path, processes)
         assert "SIGUSR1: saving" in log and f"continued from step {first['step']}" in log
         steps = [json.loads(line)["step"] for line in Path(run / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(steps)
+
+
+def test_the_words_of_a_slurm_that_answers_and_of_one_that_does_not(tmp_path, monkeypatch):
+    """What `status` tells apart: a job that is over, one that never was, a machine of another cluster, no answer."""
+    with slurm_daemons.slurm() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert slurm.has_node(socket.gethostname()) and slurm.has_node(f"{socket.gethostname()}.some.domain")
+        assert not slurm.has_node("node-of-another-cluster")
+        assert slurm.state("4242") is None
+        script = tmp_path / "job.sh"
+        script.write_text("#!/bin/bash\nsleep 600\n")
+        job = slurm.slurm_command("sbatch", "--parsable", f"--output={tmp_path}/log", str(script)).strip()
+        until(lambda: slurm.state(job) == "RUNNING", "the start")
+        slurm.stop(job, now=True)
+        until(lambda: slurm.state(job) is None, "the end")
+        conf = Path(environment["SLURM_CONF"]).read_text()
+        (tmp_path / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", conf))
+        monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+        for ask in (lambda: slurm.state(job), lambda: slurm.has_node("node-of-another-cluster")):
+            with pytest.raises(InputError, match=r"Unable to contact slurm controller|no answer from Slurm") as caught:
+                ask()
+            assert not isinstance(caught.value, slurm.NotInstalledError)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(slurm.NotInstalledError):
+        slurm.state("1")
