@@ -4,7 +4,7 @@
           [--sbatch=OPTION]
     list
     status RUN [--json]        logs RUN [-f] [-n LINES]
-    stop RUN [--now]           resume RUN [--take-over]
+    stop RUN [--now]           resume RUN [--take-over] [the options of start]
     collect RUN [--json]
 
 Everything it knows lies in runs/RUN as files; nothing of it keeps running.
@@ -50,7 +50,7 @@ def start(arguments: argparse.Namespace) -> int:
     config.run_id = config.run_id or new_run_id(Path(arguments.config).stem)
     for warning in config.validate():
         print(f"note: {warning}")
-    job = Job(arguments.backend, sbatch=arguments.sbatch, time_limit=arguments.time)
+    job = Job(arguments.backend)
     _size(job, arguments)
     _check_job(job, config)
     folder = RUNS / config.run_id
@@ -77,7 +77,8 @@ def resume(arguments: argparse.Namespace) -> int:
     if arguments.take_over and not local_processes(folder, Job.read(folder)):
         (folder / OWNER).unlink(missing_ok=True)  # the word of a person: that machine is gone
     elif status.is_alive:
-        raise InputError(f"{folder}: is {status.state}" + (f" ({status.owner})" if status.owner else ""))
+        who = status.owner or status.reason
+        raise InputError(f"{folder}: is {status.state}" + (f" ({who})" if who else ""))
     if status.state == "finished":
         again = f"python -m scripts.launch start {folder}/config.yaml run_id={folder.name}-more init_from={folder.name}"
         raise InputError(f"{folder}: is finished; to train on from its weights: {again}")
@@ -85,6 +86,8 @@ def resume(arguments: argparse.Namespace) -> int:
         raise InputError(f"{folder}: no config.yaml, so this is no run that could be continued")
     job = Job.read(folder) or Job("local")
     job.backend = arguments.backend or job.backend
+    if job.backend == "local":  # what an earlier start told Slurm is nothing that a person asks for now
+        job.nodes, job.sbatch, job.time_limit = 1, [], None
     _size(job, arguments)
     _check_job(job, load_config(folder / "config.yaml"))
     _begin(folder, job)
@@ -160,7 +163,7 @@ def collect(arguments: argparse.Namespace) -> int:
     receipt = read_receipt(folder)
     if not receipt:
         raise InputError(f"{folder}: has no receipt; it is {found.state}: {found.reason or 'nothing ran yet'}")
-    checks = verify_run(folder, receipt)
+    checks = verify_run(folder, receipt, found.is_alive)
     wrong = [check for check in checks if check.ok is False]
     if arguments.json:
         print(json.dumps({"receipt": receipt, "checks": [asdict(check) for check in checks]}, indent=2))
@@ -200,6 +203,7 @@ def _size(job: Job, arguments: argparse.Namespace) -> None:
         job.gpus = job.processes = 0
     for name, number in asked.items():
         setattr(job, name, number)
+    job.sbatch, job.time_limit = arguments.sbatch or job.sbatch, arguments.time or job.time_limit
 
 
 def _check_job(job: Job, config: RunConfig) -> None:
@@ -258,8 +262,6 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. stp.weight=0.05 run_id=first")
         parser.add_argument("--backend", choices=["local", "slurm"], default="local")
         _add_size(parser)
-        parser.add_argument("--time", help="Slurm: the limit of one job, e.g. 24:00:00; it requeues itself")
-        parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
         return parser
     parser = argparse.ArgumentParser(
         prog="python -m scripts.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,6 +291,8 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="machines (default: 1; more need Slurm)")
     parser.add_argument("--gpus", type=int, help="per node, one process each (default: one process)")
     parser.add_argument("--processes", type=int, help="per node, without asking for a GPU: on the CPU, over gloo")
+    parser.add_argument("--time", help="Slurm: the limit of one job, e.g. 24:00:00; it requeues itself")
+    parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,17 @@ class Check:
     note: str
 
 
-def verify_run(folder: Path, receipt: dict[str, Any]) -> list[Check]:
-    """Reads everything that the receipt names: config, checkpoints, data, metrics."""
-    return [_config(folder, receipt), *_checkpoints(folder, receipt), *_data(receipt), *_metrics(folder, receipt)]
+def verify_run(folder: Path, receipt: dict[str, Any], alive: bool = False) -> list[Check]:
+    """Reads everything that the receipt names: config, checkpoints, data, metrics.
+
+    alive: the run goes on meanwhile. It writes metrics, saves checkpoints and removes old ones while others are hashed.
+    """
+    return [
+        _config(folder, receipt),
+        *_checkpoints(folder, receipt, alive),
+        *_data(receipt),
+        *_metrics(folder, receipt, alive),
+    ]
 
 
 def _config(folder: Path, receipt: dict[str, Any]) -> Check:
@@ -45,28 +53,30 @@ def _config(folder: Path, receipt: dict[str, Any]) -> Check:
     return _compare("config.yaml", found, receipt.get("config_sha256"))
 
 
-def _checkpoints(folder: Path, receipt: dict[str, Any]) -> list[Check]:
-    checks, listed = [], set()
-    for entry in receipt.get("checkpoints") or []:
-        name = str(entry.get("folder"))
-        listed.add(name)
-        path = folder / "checkpoints" / name
-        try:
-            found = sha256_file(path / CHECKPOINT_MANIFEST)
-        except OSError as error:
-            checks.append(Check(name, False, f"manifest: {error.strerror}"))
-            continue
-        problems = damages(path)
-        if problems:
-            checks.append(Check(name, False, "; ".join(problems)))
-        else:
-            checks.append(_compare(name, found, entry.get("manifest_sha256")))
+def _checkpoints(folder: Path, receipt: dict[str, Any], alive: bool) -> list[Check]:
+    # what names no hash is held against one that nothing has
+    listed = [(str(e.get("folder")), e.get("manifest_sha256") or "none") for e in receipt.get("checkpoints") or []]
+    checks = [_checkpoint(folder / "checkpoints" / name, expected, alive) for name, expected in listed]
     present = {path.name for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)}
-    for name in sorted(present - listed):
-        problems = damages(folder / "checkpoints" / name)
-        note = "; ".join(problems) if problems else "sound, but the receipt was closed before it could be listed"
-        checks.append(Check(name, False if problems else None, note))
+    unlisted = "saved after the receipt was read" if alive else "the receipt was closed before it could be listed"
+    for name in sorted(present - {name for name, _ in listed}):
+        check = _checkpoint(folder / "checkpoints" / name, None, alive)
+        checks.append(check if check.ok is False else Check(name, None, check.note or f"sound, but {unlisted}"))
     return checks
+
+
+def _checkpoint(path: Path, expected: str | None, alive: bool) -> Check:
+    """expected: the sha256 of its manifest, or None where nothing lists it (the note of a sound one is empty)."""
+    try:
+        found = sha256_file(path / CHECKPOINT_MANIFEST)
+        problems = damages(path)
+    except OSError as error:
+        problems = [f"manifest: {error.strerror}"]
+    if problems and alive and not path.exists():
+        return Check(path.name, None, "pruned meanwhile")
+    if problems:
+        return Check(path.name, False, "; ".join(problems))
+    return _compare(path.name, found, expected) if expected is not None else Check(path.name, True, "")
 
 
 def _data(receipt: dict[str, Any]) -> list[Check]:
@@ -87,10 +97,11 @@ def _data(receipt: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def _metrics(folder: Path, receipt: dict[str, Any]) -> list[Check]:
+def _metrics(folder: Path, receipt: dict[str, Any], alive: bool) -> list[Check]:
     recorded = receipt.get("metrics_file") or {}
-    if receipt.get("status") in ("running", "killed") or not recorded:
-        return [Check(METRICS, None, "no hash: the run was not closed by its own process")]
+    if alive or receipt.get("status") in ("running", "killed") or not recorded:
+        why = "it is still written" if alive else "no hash: the run was not closed by its own process"
+        return [Check(METRICS, None, why)]
     try:
         found = sha256_file(folder / METRICS)
     except OSError as error:

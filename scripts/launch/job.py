@@ -33,7 +33,7 @@ class Job:
     gpus: int = 0
     nodes: int = 1
     processes: int = 0
-    # Lines for sbatch, e.g. --partition=a100; and the time limit, the resubmission keeps both.
+    # Lines for sbatch, e.g. --partition=a100; and the time limit. A resubmission keeps what is not given again.
     sbatch: list[str] = field(default_factory=list)
     time_limit: str | None = None
     command: list[str] = field(default_factory=list)
@@ -89,6 +89,7 @@ def start_local(folder: Path, job: Job) -> None:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+    job.slurm_job = None
     job.process = process_identity() | {"pid": child.pid, "started": start_time(child.pid)}
     try:
         job.write(folder)

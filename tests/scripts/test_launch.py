@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import pty
@@ -14,10 +13,10 @@ import time
 
 import psutil
 import pytest
+from launch_cases import launch, write_run
 from tiny_run import ROOT, make_place
 
 from errors import InputError
-from scripts.launch import __main__ as command
 from scripts.launch import slurm
 from scripts.launch.collect import verify_run
 from scripts.launch.job import Job, local_processes, stop_local
@@ -34,22 +33,6 @@ def place(tmp_path, monkeypatch):
     yield make_place(tmp_path, monkeypatch)
     for folder in (tmp_path / "runs").glob("*"):
         stop_local([p for p in local_processes(folder, Job.read(folder)) if p["pid"] != os.getpid()], now=True)
-
-
-def launch(*arguments, code=0):
-    """In this process; what it starts is a process of its own all the same."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(sys, "argv", ["scripts.launch", *arguments])
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        try:
-            ended = command.main()
-        except InputError as error:
-            ended = 2
-            said.write(f"{error}\n")
-    assert ended == code, said.getvalue()
-    return said.getvalue()
 
 
 def as_typed(*arguments, **environment):
@@ -160,33 +143,6 @@ def test_take_over_is_for_machines_that_are_gone(place):
     (folder / "owner.json").write_text(json.dumps(owner))
     assert "is running" in launch("resume", "mine", "--take-over", code=2)
     assert json.loads((folder / "owner.json").read_text()) == owner
-
-
-def write_run(folder, **receipt):
-    from training.config import RunConfig
-
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(RunConfig().to_yaml())
-    (folder / "receipt.json").write_text(json.dumps({"config_sha256": RunConfig().sha256, **receipt}))
-    return folder
-
-
-def test_states_without_a_process(tmp_path):
-    assert describe(write_run(tmp_path / "a", status="running")).state == "killed"
-    assert read_receipt(tmp_path / "a")["status"] == "killed"
-    assert describe(write_run(tmp_path / "b", status="crashed", reason="Traceback\nValueError: x")).state == "crashed"
-    folder = write_run(tmp_path / "c", status="running", tokens=10, stp={"live_tokens": [[5, 10]]})
-    (folder / "owner.json").write_text(json.dumps({"pid": 3, "host": "node9", "slurm_job": "8"}))
-    status = describe(folder)
-    assert status.state == "running" and status.owner == "process 3 on node9 (Slurm job 8)" and status.stp_live
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "config.yaml").write_text("")
-    assert describe(tmp_path / "d").state == "new"
-
-
-def test_a_gate_that_is_closed_says_when_it_opens(tmp_path):
-    status = describe(write_run(tmp_path / "a", status="stopped", tokens=10))
-    assert not status.stp_live and "opens at token" in status.stp
 
 
 @pytest.mark.parametrize("key", ["config_sha256", "checkpoints", "metrics_file", "data", "metrics"])
