@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
@@ -79,6 +80,15 @@ def require_processes(config: ParallelConfig, size: int) -> None:
     """Raises InputError unless `parallel.data` can be done by so many processes."""
     problem = f"none is for one process, and there are {size}; use ddp, fsdp or hsdp"
     require(size == 1 or config.data != "none", "parallel.data", problem)
+    if size > 1 and config.data == "hsdp" and config.shard_ranks is not None:
+        require_groups(config.shard_ranks, size)
+
+
+def require_groups(shards: int, size: int) -> None:
+    """Raises InputError unless so many ranks split into groups of `shards`."""
+    if size % shards:
+        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - shards))
+        raise InputError(f"parallel.shard_ranks: {size} ranks do not split into groups of {shards}; nearest is {near}")
 
 
 class World:
@@ -114,6 +124,8 @@ class World:
         world.again = again
         try:
             world.mesh = make_mesh(config, device.type, size)
+            for group in world.mesh.get_all_groups():  # a mesh makes its own, with torch's 10 or 30 minutes
+                _set_pg_timeout(timeout, group)
             yield world
         except SHARED as error:
             traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -257,9 +269,7 @@ def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh
     if config.data == "fsdp":
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     shards = 1 if config.data == "ddp" else config.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if size % shards:
-        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - shards))
-        raise InputError(f"parallel.shard_ranks: {size} ranks do not split into groups of {shards}; nearest is {near}")
+    require_groups(shards, size)
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 

@@ -51,10 +51,20 @@ def validate(
     }
 
 
-def sample_text(model: Any, tokenizer: Any, prompt: str, n_tokens: int, temperature: float, seed: int) -> str:
-    """A continuation of the prompt, drawn with a generator of its own so that training is not disturbed."""
+def sample_text(
+    model: Any, tokenizer: Any, prompt: str, n_tokens: int, temperature: float, seed: int, world: World | None = None
+) -> str:
+    """A continuation of the prompt, drawn with a generator of its own so that training is not disturbed.
+
+    Of several ranks each draws its own, and a step gathers weights: so none of them stops before the others.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     start = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=device)
-    tokens = generate(model, start, n_tokens, temperature=temperature, stop_token=tokenizer.eos_id, generator=generator)
-    return tokenizer.decode(tokens[0].tolist())
+    stop = tokenizer.eos_id if world is None or world.size == 1 else None
+    tokens = generate(model, start, n_tokens, temperature=temperature, stop_token=stop, generator=generator)
+    found = tokens[0].tolist()
+    drawn = found[start.shape[1] :]
+    if tokenizer.eos_id in drawn:
+        found = found[: start.shape[1] + drawn.index(tokenizer.eos_id) + 1]
+    return tokenizer.decode(found)

@@ -231,6 +231,7 @@ class Run:
                     settings.sample_tokens,
                     settings.sample_temperature,
                     self.config.seed,
+                    self.world,
                 )
             self.progress.message("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
         self.meter.pause()

@@ -9,6 +9,7 @@ import torch
 
 from errors import InputError, require, require_choice, require_number
 from training.config import RunConfig
+from training.distributed import require_groups
 from training.plan_cost import (
     KINDS,
     RECOMPUTE,
@@ -95,6 +96,8 @@ def make_plan(
     require(kind != "none" or cluster.gpus == 1, "--data", f"none is for one process, not for {cluster.gpus}; use fsdp")
     if cluster.gpus > 1 and config.parallel.data != "none" and kind is None and recompute is None:
         kind, recompute = config.parallel.data, config.parallel.recompute
+    if config.parallel.shard_ranks is not None and cluster.gpus > 1:
+        require_groups(config.parallel.shard_ranks, cluster.gpus)
     planner = _Planner(config, cluster, assumptions)
     kinds = ("none",) if cluster.gpus == 1 else tuple(k for k in KINDS if k != "none")
     if cluster.nodes == 1 and cluster.gpus > 1:

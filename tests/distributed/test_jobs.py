@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -154,6 +155,33 @@ def test_the_loss_of_a_process(place, restarts):
             assert process.returncode == 0
     assert receipt("hurt")["status"] == "finished" and len(receipt("hurt")["starts"]) == 2
     assert losses("hurt") == losses("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_meet_again_after_one_lost_its_process(place):
+    """The node that lost it counts a restart, the other one, which only follows, does not."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run_line = [*FP32, "train.accumulation=1", "parallel.data=fsdp", "train.tokens=6000", "resume=never"]
+    line = command(1, "train_worker.py", "none", "tiny.yaml", "run_id=hurt", *run_line, restarts=2)
+    at = line.index("--standalone")
+    line[at : at + 1] = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with (
+        subprocess.Popen(line, cwd=place, env=ENVIRONMENT, **quiet) as one,
+        subprocess.Popen(line, cwd=place, env=ENVIRONMENT, **quiet) as other,
+    ):
+        try:
+            wait_for(lambda: (place / "runs/hurt/checkpoints/step-00000004").is_dir())
+            os.kill(children(other.pid)[-1], signal.SIGKILL)
+            assert (one.wait(250), other.wait(60)) == (0, 0)
+        finally:
+            one.terminate()
+            other.terminate()
+    assert receipt("hurt")["status"] == "finished" and len(receipt("hurt")["starts"]) == 2
+    assert receipt("hurt")["starts"][1]["step"] >= 4
 
 
 def test_torchrun_and_the_config_must_agree(place):

@@ -1,10 +1,17 @@
 """What one rank alone meets: the others must hear of it, or the job waits for its timeout without a word."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_jobs import job
 from tiny_run import losses, make_place, receipt
+
+from blocks.mblock import Mamba2Config
+from model.hybrid import HybridLM, ModelConfig
+from training.distributed import ParallelConfig, World
+from training.evaluate import sample_text
 
 ONE_ROW_EACH = ("train.batch_rows=2", "train.probe_every=1", "train.log_every=1", "train.tokens=1500")
 
@@ -12,6 +19,27 @@ ONE_ROW_EACH = ("train.batch_rows=2", "train.probe_every=1", "train.log_every=1"
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     return make_place(tmp_path, monkeypatch)
+
+
+def test_a_sample_takes_as_many_steps_on_every_rank_and_reads_the_same():
+    """Where a rank draws the end of a text is its own rounding's affair; each step gathers the weights of all."""
+    small = Mamba2Config(head_dim=16, d_state=8, chunk_size=16)
+    model = HybridLM(ModelConfig(pattern="AM", d_model=32, mamba2=small), 12)
+    model.init_weights(torch.Generator().manual_seed(0))
+    step, steps = model.step, []
+    model.step = lambda *given: steps.append(1) or step(*given)
+    tokenizer = SimpleNamespace(bos_id=0, eos_id=1, encode=lambda text: [2, 3], decode=str)
+    found = {}
+    for size in (1, 2):
+        world = World(ParallelConfig(), torch.device("cpu"), 0, size, None)
+        texts, counts = [], []
+        for seed in range(4):
+            steps.clear()
+            texts.append(sample_text(model, tokenizer, "", 40, 1.0, seed, world))
+            counts.append(len(steps))
+        found[size] = texts, counts
+    assert found[1][0] == found[2][0]
+    assert len(set(found[1][1])) > 1 and set(found[2][1]) == {3 + 40}
 
 
 @pytest.mark.slow

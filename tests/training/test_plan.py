@@ -160,3 +160,13 @@ def test_other_precisions_are_refused():
     config = replace(load_config(SCALE / "hybrid_150m.yaml"), precision="fp32")
     with pytest.raises(InputError, match="precision"):
         make_plan(config, cluster(1))
+
+
+def test_groups_of_ranks_have_to_go_round():
+    config = load_config(SCALE / "nam56r_4b.yaml", ["parallel.data=hsdp", "parallel.shard_ranks=6"])
+    line = "parallel.shard_ranks: 64 ranks do not split into groups of 6; nearest is 4"
+    with pytest.raises(InputError, match=line):
+        config.require_ranks(64)
+    with pytest.raises(InputError, match=line):
+        make_plan(config, cluster(64))
+    config.require_ranks(1)  # a look at the config from the launching process
