@@ -59,6 +59,7 @@ def main() -> int:
     if arguments.report is not None:
         if not arguments.report and (grid.folder / "runs").is_dir():
             grid = with_threads(grid, arguments.grid, jobs)
+            check_folder(grid)
             write_results(grid)
         return 0 if report(grid, folder, console) else 1
     grid = with_threads(grid, arguments.grid, jobs)
@@ -76,7 +77,7 @@ def main() -> int:
     threads = chosen.cells[0].config.threads
     with only_one(grid):
         if grid.search is None:
-            outcome = run_local(chosen, jobs, threads, console)
+            outcome = run_local(grid, jobs, threads, console, chosen.cells)
         else:
             grid, outcome = run_search(arguments.grid, threads, jobs, console)
         write_results(grid)

@@ -69,6 +69,14 @@ def read_evaluation(folder: Path, settings: Evaluation) -> dict[str, Any] | None
         return None
 
 
+def evaluated_with(folder: Path) -> dict[str, Any]:
+    """The settings of the evaluation that is there, {} if there is none that can be read."""
+    try:
+        return dict(json.loads((folder / EVALUATION).read_bytes())["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def evaluate(folder: Path, config: RunConfig, settings: Evaluation) -> dict[str, Any]:
     """Of the last checkpoint. weights_sha256 identifies every weight: equal for arms that are equal bit for bit.
 

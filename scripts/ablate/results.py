@@ -15,8 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from errors import InputError, require
-from scripts.ablate.arm import read_evaluation
+from scripts.ablate.arm import evaluated_with, read_evaluation
 from scripts.ablate.grid import Cell, Grid
+from training.checkpoint import Checkpointer
 from training.config import differing_keys, load_config
 from training.durable import replace_atomically
 from training.metrics import read_metrics
@@ -37,7 +38,8 @@ def is_done(grid: Grid, cell: Cell) -> bool:
 
 
 def check_folder(grid: Grid) -> None:
-    """Raises InputError if the folder holds runs that are not this grid's, or are of other settings."""
+    """Raises InputError if the folder holds runs that are not this grid's, are of other settings, or would have to be
+    evaluated anew and have no checkpoint left."""
     expected = {cell.run_id: cell for cell in grid.cells}
     for path in sorted((grid.folder / "runs").glob("*/config.yaml")):
         run_id = path.parent.name
@@ -51,6 +53,27 @@ def check_folder(grid: Grid) -> None:
                 f"{path.parent}: is a run of another config ({', '.join(differing[:3])}), so {grid.folder} holds the "
                 f"results of another grid; move it away or rename the grid"
             )
+        _check_evaluation(grid, expected[run_id])
+
+
+def _check_evaluation(grid: Grid, cell: Cell) -> None:
+    folder = run_folder(grid, cell)
+    finished = read_receipt(folder).get("status") == "finished"
+    if not finished or is_done(grid, cell) or Checkpointer(folder / "checkpoints").paths():
+        return
+    stored = evaluated_with(folder)
+    if not stored:
+        raise InputError(
+            f"{folder}: is finished, but has neither an evaluation nor a checkpoint; remove it to run it again"
+        )
+    wanted = dataclasses.asdict(grid.evaluate)
+    changed = ", ".join(
+        f"{key} {stored.get(key)}, not {value}" for key, value in wanted.items() if stored.get(key) != value
+    )
+    raise InputError(
+        f"{grid.path}: evaluate: {folder} was evaluated with {changed}, and its checkpoints are gone; put it back, or "
+        f"move {grid.folder} away or rename the grid"
+    )
 
 
 def stored_threads(grid: Grid) -> int | None:

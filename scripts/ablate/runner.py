@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from errors import InputError
 from scripts.ablate.grid import Cell, Grid
 from scripts.ablate.results import is_done, run_folder, write_results
 from training.durable import replace_atomically
-from training.ownership import live_owner
+from training.ownership import OWNER, describe_owner, live_owner
 from training.receipt import read_receipt
 
 ROOT = Path(__file__).parents[2]
@@ -110,10 +111,17 @@ def only_one(grid: Grid) -> Iterator[None]:
         lock.release()
 
 
-def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> Outcome:
-    """Runs what is missing. A run that fails is reported and the others go on."""
-    waiting = [cell for cell in grid.cells if not is_done(grid, cell)]
+def run_local(
+    grid: Grid, jobs: int, threads: int | None, console: Console, cells: Sequence[Cell] | None = None
+) -> Outcome:
+    """Runs what is missing of `cells` (default: all). A run that fails is reported and the others go on.
+
+    Result files are those of the whole grid at every moment.
+    """
+    cells = grid.cells if cells is None else cells
+    waiting = [cell for cell in cells if not is_done(grid, cell)]
     total = len(waiting)
+    told: set[str] = set()
     active: list[Active] = []
     failed: dict[str, str] = {}
     laps: list[float] = []
@@ -132,6 +140,8 @@ def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> O
                 waiting.remove(free)
                 if not is_done(grid, free):
                     active.append(start(grid, free, threads))
+            if waiting and not active and not asked:
+                _tell_owned(console, grid, waiting, failed, told)
             time.sleep(POLL_SECONDS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
@@ -153,7 +163,28 @@ def run_local(grid: Grid, jobs: int, threads: int | None, console: Console) -> O
             if live:
                 live.update(_table(grid, active, waiting, failed, laps, jobs, total))
     write_results(grid)
-    return Outcome(sum(is_done(grid, cell) for cell in grid.cells), failed, bool(asked))
+    return Outcome(sum(is_done(grid, cell) for cell in cells), failed, bool(asked))
+
+
+def _tell_owned(console: Console, grid: Grid, waiting: list[Cell], failed: dict[str, str], told: set[str]) -> None:
+    """All that is left is owned by other processes. Those of this machine end, and are waited for; whether one of
+    another machine lives cannot be known from here, so its run is taken out of `waiting` as failed."""
+    for cell in list(waiting):
+        folder = run_folder(grid, cell)
+        owner = live_owner(folder)
+        if owner is None or cell.run_id in told:
+            continue
+        told.add(cell.run_id)
+        if owner.get("host") == socket.gethostname():
+            line = f"{cell.run_id}: waiting for {describe_owner(owner)}, which is running it"
+        else:
+            waiting.remove(cell)
+            failed[cell.run_id] = (
+                f"{describe_owner(owner)} owns it; if that machine is gone, remove {folder / OWNER} and give the same "
+                f"command again"
+            )
+            line = f"{cell.run_id}: FAILED, {failed[cell.run_id]}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def failure(grid: Grid, job: Active) -> str:

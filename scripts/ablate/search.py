@@ -128,7 +128,7 @@ def run_search(path: str | Path, threads: int | None, jobs: int, console: Consol
         for trial in batch:
             values = ", ".join(f"{key}={value:.6g}" for key, value in trial.values.items())
             console.print(f"{trial.name} of {study.search.trials}: {values}", markup=False)
-        outcome = run_local(dataclasses.replace(grid, cells=cells), jobs, threads, console)
+        outcome = run_local(grid, jobs, threads, console, cells)
         write_results(grid)
         failed |= outcome.failed
         if outcome.interrupted or not batch:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from errors import InputError
 from scripts.ablate import __main__ as command
 from scripts.ablate import runner, slurm
 from scripts.ablate.grid import load_grid
-from scripts.ablate.results import is_done, result_rows, run_folder, write_results
+from scripts.ablate.results import check_folder, is_done, result_rows, run_folder, write_results
 from scripts.launch.job import Job
 
 GRID = {
@@ -157,10 +158,38 @@ def test_a_run_that_a_killed_runner_left_behind_is_waited_for(grid, stand_in, mo
 
     def owner(folder):
         calls.append(folder)
-        return {"pid": 1} if folder.name == "none-s0" and len(calls) < 40 else real(folder)
+        return (
+            {"pid": 1, "host": socket.gethostname()} if folder.name == "none-s0" and len(calls) < 40 else real(folder)
+        )
 
     monkeypatch.setattr(runner, "live_owner", owner)
-    assert run(grid)[0].done == 6
+    outcome, shown = run(grid)
+    assert outcome.done == 6 and not outcome.failed
+    assert shown.count(f"none-s0: waiting for process 1 on {socket.gethostname()}") == 1
+
+
+def test_a_run_of_another_machine_is_not_waited_for(grid, stand_in, monkeypatch, capsys):
+    """A container that comes back under another name finds the note of the one that is gone."""
+    folder = run_folder(grid, grid.cells[0])
+    folder.mkdir(parents=True)
+    (folder / "owner.json").write_text(json.dumps({"pid": 7, "host": "node17"}))
+    code, shown = ablate(monkeypatch, capsys)
+    assert code == 1 and sum(is_done(grid, cell) for cell in grid.cells) == 5
+    assert f"failed: none-s0: process 7 on node17 owns it; if that machine is gone, remove {folder}/owner.json" in shown
+    (folder / "owner.json").unlink()
+    assert ablate(monkeypatch, capsys)[0] == 0
+
+
+def test_the_table_of_a_filtered_run_keeps_the_other_rows(grid, stand_in):
+    """At every moment: what a kill leaves behind is what was last written while it ran."""
+    run(grid)
+    table = Path("ablations/g/results.csv").read_text()
+    for folder in grid.folder.glob("runs/*-s1"):
+        (folder / "receipt.json").unlink()
+    console = Console(file=io.StringIO())
+    second = [cell for cell in grid.cells if cell.seed == 1]
+    assert runner.run_local(grid, 3, 1, console, second).done == 3
+    assert Path("ablations/g/results.csv").read_text() == table
 
 
 def test_two_runners_of_one_grid(grid):
@@ -174,6 +203,28 @@ def test_results_are_evaluated_again_when_the_evaluation_changes(grid, stand_in)
     run(grid)
     Path("g.yaml").write_text(yaml.safe_dump({**GRID, "evaluate": {"answers": "validation"}}))
     assert not any(is_done(load_grid("g.yaml"), cell) for cell in grid.cells)
+    for cell in grid.cells:  # with checkpoints, that is
+        (run_folder(grid, cell) / "checkpoints/step-00000009").mkdir(parents=True)
+    check_folder(load_grid("g.yaml", threads=1))
+
+
+@pytest.mark.parametrize("option", [[], ["--report"], ["--dry-run"]])
+def test_another_evaluation_of_runs_without_checkpoints_is_refused_and_harms_nothing(
+    grid, stand_in, monkeypatch, capsys, option
+):
+    run(grid)
+    table = Path("ablations/g/results.csv").read_bytes()
+    Path("g.yaml").write_text(yaml.safe_dump({**GRID, "evaluate": {"curvature_rows": 16}}))
+    expected = (
+        r"g\.yaml: evaluate: .*/none-s0 was evaluated with curvature_rows 8, not 16, and its checkpoints are gone"
+    )
+    with pytest.raises(InputError, match=expected):
+        ablate(monkeypatch, capsys, *option)
+    assert Path("ablations/g/results.csv").read_bytes() == table
+    assert {(run_folder(grid, cell) / "count").read_text() for cell in grid.cells} == {"x"}
+    (run_folder(grid, grid.cells[0]) / "evaluation.json").unlink()
+    with pytest.raises(InputError, match="none-s0: is finished, but has neither an evaluation nor a checkpoint"):
+        ablate(monkeypatch, capsys, *option)
 
 
 def test_slurm_gets_one_job_per_run_and_none_twice(grid, monkeypatch):
