@@ -6,7 +6,8 @@ moment what is alive is added up; the peak is the largest sum, and its parts are
 One process: weights, gradients and AdamW's two averages are float32 and whole. Under fsdp and hsdp they are cut over
 the ranks that share a copy, and FSDP2 gathers whole blocks for their passes: two at a time (the next one is fetched
 early), their flat buffer, and in the backward pass the flat buffer of the gradients that are being summed; the root
-(embedding, final norm, head) stays gathered. ddp is hsdp with groups of one rank (training/distributed.py), so blocks
+(embedding, final norm, head) stays gathered, and its gradient, whole on every rank, until the end of the backward pass,
+when it is summed. ddp is hsdp with groups of one rank (training/distributed.py), so blocks
 are copied there too. The start needs less: a model is cut while it is made, block by block (training/building.py).
 """
 
@@ -122,13 +123,17 @@ def _moments(stack: Stack, shards: int, gathers: bool, accumulates: bool, weight
     head = stack.head
     moment("forward of the head", first, sum(kept_open), head.forward_peak - state)
     moment("backward of the head", first, sum(kept), head.backward_peak - state)
-    done = head.parameters
+    of_root = F32 * head.parameters if gathers else 0  # begun by the head, summed and cut after the last block
+    done = 0 if gathers else head.parameters
     for index in reversed(range(len(blocks))):
         block = blocks[index]
-        gradients = weights if accumulates else F32 * -(-done // shards)
+        gradients = of_root + (weights if accumulates else F32 * -(-done // shards))
         working = block.backward_peak - block.output + reducing - kept[index]
         moment(f"backward of block {index + 1}", gradients, sum(kept[: index + 1]), working)
         done += block.parameters
-    moment("backward of the embedding", weights, 0, state + F32 * stack.embedding * (gathers or accumulates))
+    embedding = state + F32 * stack.embedding * (gathers or accumulates)
+    moment("backward of the embedding", weights + of_root, 0, embedding)
+    if gathers:
+        moment("reduction of the root", weights + F32 * stack.root, 0, F32 * stack.root)
     moment("update", weights, 0, 0, states=0, gathered=0)
     return found

@@ -125,6 +125,17 @@ def test_shards_cut_what_is_kept_and_add_what_is_gathered():
     assert cut.gathered == 4 * (50 + 3 * 100)
 
 
+def test_the_root_s_gradient_is_whole_until_the_end_where_weights_are_gathered():
+    cut = peak_memory(by_hand(), shards=10, gathers=True)
+    assert (cut.moment, cut.gradients) == ("backward of block 2", 4 * 30)
+    again = peak_memory(by_hand(), shards=10, gathers=True, accumulates=True)
+    assert again.gradients == 4 * 30 + 4 * 250 // 10
+    wide = peak_memory(by_hand(embedding=20_000), shards=10, gathers=True)
+    root = 20_000 + 30
+    assert (wide.moment, wide.working) == ("reduction of the root", 4 * root)
+    assert wide.gradients == 4 * (root + 200) // 10 + 4 * root
+
+
 def test_a_tied_head_is_counted_once():
     config = load_config(DEMO, ["model.head=tied", "model.pattern=E"])
     stack = Stack.trace(config.model, 512, 1, 64, torch.float32, "none", "cpu")
