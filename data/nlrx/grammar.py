@@ -1,7 +1,7 @@
 """The grammar of NL-RX (Locascio et al. 2016, arXiv 1608.03000): one tree, worded as English and written as a regex.
 
 The forms and the wording are those of the published rows (the original makes them with a grammar and about 25 textual
-clean-ups); tests/data/test_nlrx_published.py holds them against every row.
+clean-ups); tests/data/test_nlrx.py holds them against every row.
 """
 
 from __future__ import annotations

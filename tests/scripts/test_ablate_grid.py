@@ -1,5 +1,6 @@
 """Grid files: expansion, what differs, and every kind of bad input before anything starts."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from tiny_run import make_place
 
+from analysis.ablation import MIN_PAIRS
 from errors import InputError
 from scripts.ablate import __main__ as command
 from scripts.ablate.checks import placebos
@@ -208,3 +210,23 @@ def test_shipped_grids_are_valid_and_paired(path, monkeypatch):
         changed = set(differing_keys(base.config, cell.config)) - allowed
         assert all(key.startswith("stp.") for key in changed), changed
     assert grid.question
+    header = path.read_text().partition("question:")[0]
+    few = len({cell.seed for cell in grid.cells}) < MIN_PAIRS
+    assert ("no verdict" in header) is few, "fewer seeds than a verdict needs, and its header does not say so"
+
+
+def test_seeds_and_run_counts_are_those_that_the_files_and_the_document_claim(monkeypatch):
+    root = SHIPPED[0].parents[2]
+    monkeypatch.chdir(root)
+    grids = {path.stem: load_grid(path) for path in SHIPPED}
+    seeds = {name: {cell.seed for cell in grid.cells} for name, grid in grids.items()}
+    for name in ("search_weight", "stp_weight"):  # what is chosen is judged with seeds that chose nothing
+        assert not any(seeds[name] & other for grid, other in seeds.items() if grid != name), name
+    claimed = {}
+    for line in (root / "docs/ablations.md").read_text().partition("## Shipped grids")[2].splitlines():
+        if cells := re.fullmatch(r"\| (`\w+`(?:, `\w+`)*) \| ([\d, +]+) \| .*", line):
+            claimed |= dict(zip(re.findall(r"\w+", cells[1]), cells[2].split(", "), strict=True))
+    counts = {name: str(len(grid.cells)) for name, grid in grids.items()}
+    search = grids["search_weight"].search
+    counts["search_weight"] += f" + {search.trials * len(seeds['search_weight'])}"
+    assert claimed == counts
