@@ -51,7 +51,8 @@ class Ownership:
             if elsewhere and not _same_slurm_job(owner):
                 raise InputError(
                     f"{self.folder}: {describe_owner(owner)} is running it; if that machine is gone, "
-                    f"`python -m scripts.launch resume {self.folder.name} --take-over`"
+                    f"`python -m scripts.launch resume {self.folder.name} --take-over` "
+                    f"(for a run of a grid: remove {self.folder / OWNER})"
                 )
             replace_atomically(self.folder / OWNER, json.dumps(process_identity(), indent=2).encode() + b"\n")
         except BaseException:
