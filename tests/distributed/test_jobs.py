@@ -16,6 +16,7 @@ from training.config import load_config
 
 FP32 = ("precision=fp32", "validation.sample_tokens=4")
 WORLDS = {"one": (0, ()), **{f"{k}{n}": (n, (f"parallel.data={k}",)) for k in ("fsdp", "ddp") for n in (1, 2, 4)}}
+WORLDS["hsdp4"] = (4, ("parallel.data=hsdp", "parallel.shard_ranks=2"))
 
 
 @pytest.fixture
@@ -68,6 +69,19 @@ def test_two_processes_prove_train_and_stop_together(place):
     whole, parts = last_weights("b"), last_weights("a")
     assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
     assert receipt("a")["stp"]["live_tokens"] == receipt("b")["stp"]["live_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_groups_of_two_continue_to_the_last_bit(place):
+    one_each = ("train.tokens=1500", "validation.sample_tokens=0")
+    assert job(place, "hsdp4", "none", "whole", *one_each).returncode == 0
+    assert job(place, "hsdp4", "stop:6", "half", *one_each).returncode == 0
+    assert receipt("half")["status"] == "stopped"
+    assert job(place, "hsdp4", "none", "half", *one_each).returncode == 0
+    assert losses("whole") == losses("half")
+    whole, parts = last_weights("whole"), last_weights("half")
+    assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
 
 
 @pytest.mark.slow
