@@ -6,6 +6,7 @@ scipy.stats; never a bare mean.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@functools.cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)
+
+
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
     """Probability that a two-sided paired t test finds a true mean difference, for normal differences.
 
@@ -166,7 +172,7 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
     """
     critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
     shift = effect / (sd / math.sqrt(n))
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _quadrature()
     relative_sd = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, n - 1) / (n - 1))
     found = stats.norm.cdf(shift - critical * relative_sd) + stats.norm.cdf(-shift - critical * relative_sd)
     return float(found @ weights / 2)
