@@ -11,6 +11,9 @@ from errors import PreflightError
 from losses.objective import Objective, ObjectiveOutput
 from training.distributed import World
 
+# Fewer may all be degenerate by chance, as where tokens repeat.
+ENOUGH_TRIPLES = 48
+
 
 def gradient_evidence(
     objective: Objective, output: Any, loss: ObjectiveOutput, world: World | None = None
@@ -49,9 +52,16 @@ def gradient_evidence(
         dot = 0.0 if lm_grad is None else float((stp_grad * lm_grad).sum())
         scale = norm * lm_norm
         found.setdefault(family, []).append((norm, norm / lm_norm if lm_norm else 0.0, dot / scale if scale else 0.0))
-    for rank, seen in enumerate(world.gather(problem)):
-        if seen is not None:
-            raise PreflightError(f"STP died: {seen}" + (f" on rank {rank}" if world.size > 1 else ""))
+    ranks = world.gather({"problem": problem, "n_valid": n_valid, "sound": sound})
+    for rank, seen in enumerate(ranks):
+        if seen["problem"] is not None:
+            raise PreflightError(f"STP died: {seen['problem']}" + (f" on rank {rank}" if world.size > 1 else ""))
+    n_all = 0 if objective.is_control else sum(seen["n_valid"] for seen in ranks)
+    for place, index in enumerate(objective.boundaries):
+        if n_all >= ENOUGH_TRIPLES and not any(seen["sound"][place] for seen in ranks):
+            raise PreflightError(
+                f"STP died: all {n_all} triples at boundary {index} are degenerate: its states collapsed"
+            )
     metrics = {}
     for family, rows in found.items():
         for name, values in zip(("grad_norm", "grad_ratio", "grad_cosine"), zip(*rows, strict=True), strict=True):
