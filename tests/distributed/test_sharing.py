@@ -1,0 +1,105 @@
+"""What one rank meets is raised by all, in threads that pass each other what real ranks would send."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from errors import InputError, StorageError
+from training.checkpoint import Checkpointer, load_checkpoint
+from training.distributed import ParallelConfig, World
+
+CPU = torch.device("cpu")
+
+
+class Table(World):
+    """One of `size` ranks whose messages lie on a table. They are spelled in JSON, as the real ones."""
+
+    def __init__(self, rank, size, table, barrier):
+        super().__init__(ParallelConfig(data="fsdp"), CPU, rank, size, mesh="threads")
+        self.table, self.barrier = table, barrier
+
+    def gather(self, value, group=None):
+        self.table[self.rank] = json.dumps(value)
+        self.barrier.wait(5)
+        seen = [json.loads(text) for text in self.table]
+        self.barrier.wait(5)
+        return seen
+
+
+def ranks(work, size=2):
+    """What `work(world)` gave or raised, by rank."""
+    table, barrier = [""] * size, threading.Barrier(size)
+
+    def one(rank):
+        try:
+            return work(Table(rank, size, table, barrier))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def failing_on(rank, error, value="done"):
+    def work(world):
+        if world.rank == rank:
+            raise error
+        return value
+
+    return work
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_error_of_any_rank_is_an_error_of_all(rank):
+    work = failing_on(rank, InputError("texts: no such file"))
+    found = ranks(lambda world: world.everywhere(lambda: work(world)), size=3)
+    assert all(isinstance(error, InputError) for error in found)
+    assert {str(error) for error in found} == {f"rank {rank}: texts: no such file" if rank else "texts: no such file"}
+
+
+def test_a_disk_error_of_another_rank_names_rank_and_file():
+    work = failing_on(1, OSError(28, "No space left on device", "runs/a/hung_stacks.txt.1"))
+    found = ranks(lambda world: world.everywhere(lambda: work(world)))
+    assert all(isinstance(error, StorageError) for error in found)
+    assert {str(error) for error in found} == {"rank 1: runs/a/hung_stacks.txt.1: No space left on device"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_corpus_that_one_rank_cannot_have_ends_all(rank):
+    """Rank 0 prepares it, the others open it: an error of the first or of the second work."""
+    work = failing_on(rank, InputError("data.path: nothing there"))
+    found = ranks(lambda world: world.main_first(lambda: work(world)))
+    assert all(isinstance(error, InputError) and "data.path: nothing there" in str(error) for error in found)
+    assert ranks(lambda world: world.main_first(lambda: world.rank)) == [0, 1]
+
+
+def test_what_rank_0_alone_meets_is_raised_as_it_is():
+    def work():
+        raise OSError(20, "Not a directory", "runs/a")
+
+    found = ranks(lambda world: world.from_main(work))
+    assert [(type(error), error.errno, error.filename) for error in found] == [(NotADirectoryError, 20, "runs/a")] * 2
+
+
+def test_damage_in_any_file_is_seen_by_one_rank_and_refused_by_all(tmp_path):
+    """They share the hashing, so each flipped bit is in the share of one of them."""
+    saved = {"model": {"a": torch.arange(8.0)}}
+    keeper = Checkpointer(tmp_path)
+    keeper.save(3, saved, {"tokens": 5})
+    keeper.wait()
+    (path,) = keeper.paths()
+    names = sorted(json.loads((path / "manifest.json").read_bytes())["files"])
+    refused_by = set()
+    for name in names:
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        into = {"model": {"a": torch.zeros(8)}}
+        found = ranks(lambda world, into=into: load_checkpoint(path, into, world))
+        (path / name).write_bytes(whole)
+        assert all(isinstance(error, InputError) and f"damaged checkpoint: {name}" in str(error) for error in found)
+        assert not into["model"]["a"].any()
+        refused_by |= {str(error).startswith("rank 1: ") for error in found}
+    assert refused_by == {False, True}  # some in the share of rank 0, some in that of rank 1
