@@ -49,11 +49,7 @@ class Ownership:
             owner = read_owner(self.folder)
             elsewhere = owner and owner != gone and owner.get("host") != socket.gethostname()
             if elsewhere and not _same_slurm_job(owner):
-                raise InputError(
-                    f"{self.folder}: {describe_owner(owner)} is running it; if that machine is gone, "
-                    f"`python -m scripts.launch resume {self.folder.name} --take-over` "
-                    f"(for a run of a grid: remove {self.folder / OWNER})"
-                )
+                raise InputError(f"{self.folder}: {describe_owner(owner)} is running it; {way_out(self.folder)}")
             replace_atomically(self.folder / OWNER, json.dumps(process_identity(), indent=2).encode() + b"\n")
         except BaseException:
             self._lock.release()
@@ -114,6 +110,12 @@ def describe_owner(owner: dict[str, Any] | None) -> str:
         return "another process"
     job = f" (Slurm job {owner['slurm_job']})" if owner.get("slurm_job") else ""
     return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+
+
+def way_out(folder: Path) -> str:
+    """What to do about an owner on another machine, of which nobody here can know whether it lives."""
+    take_over = f"`python -m scripts.launch resume {folder.name} --take-over`"
+    return f"if that machine is gone, {take_over} (for a run of a grid: remove {folder / OWNER})"
 
 
 def start_time(pid: int) -> str | None:

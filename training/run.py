@@ -14,7 +14,7 @@ from typing import Any
 from errors import InputError, Stopped, nearest
 from training.checkpoint import Checkpointer
 from training.config import RunConfig, differing_keys, load_config
-from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner
+from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner, way_out
 from training.receipt import RECEIPT, read_receipt
 
 RUNS = Path("runs")
@@ -116,10 +116,8 @@ def choose_run(config: RunConfig, config_name: str, runs: Path = RUNS, again: bo
         if status in UNFINISHED and owner is None:
             return RunFolder(runs / run_id, resumes=True, known=True, notes=notes)
         if status in UNFINISHED and owner is not None and owner.get("host") != socket.gethostname():
-            notes.append(
-                f"{runs / run_id}, a run of this config, is left alone: {describe_owner(owner)} may be running it; if "
-                f"that machine is gone, `python -m scripts.launch resume {run_id} --take-over`"
-            )
+            who = f"is left alone: {describe_owner(owner)} may be running it; {way_out(runs / run_id)}"
+            notes.append(f"{runs / run_id}, a run of this config, {who}")
     return RunFolder(runs / new_run_id(config_name, runs), resumes=False, notes=notes)
 
 
@@ -136,9 +134,8 @@ def _continued(path: Path, config: RunConfig) -> RunFolder:
     _check_can_continue(path, config)
     owner = live_owner(path)
     if owner is not None:
-        over = f"; if that machine is gone, `python -m scripts.launch resume {path.name} --take-over`"
-        over = over if owner.get("host") != socket.gethostname() else ""
-        raise InputError(f"{path}: {describe_owner(owner)} is running it{over}")
+        more = f"; {way_out(path)}" if owner.get("host") != socket.gethostname() else ""
+        raise InputError(f"{path}: {describe_owner(owner)} is running it{more}")
     return RunFolder(path, has_started(path), known=True)
 
 
