@@ -49,7 +49,7 @@ check: $(VENV)/.ready ## format, lint, types
 	$(PY) -m mypy
 
 test-slow: $(VENV)/.ready ## the tests over 20 seconds: torchrun jobs, compilation, a browser, Slurm (where installed)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n logical --maxprocesses 2 --dist loadgroup
 
 mutants: $(VENV)/.ready ## cut wiring faults into the code, one by one, and show what notices each (about 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m tests.mutants

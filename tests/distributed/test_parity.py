@@ -55,7 +55,8 @@ def test_fsdp_on_two_processes(tmp_path):
     assert_same(one(tmp_path, "float64", steps), found, bound)
 
 
-@pytest.fixture(scope="module", params=list(BOUND))
+# a process of pytest-xdist takes a whole dtype, whose fixtures are most of the work
+@pytest.fixture(scope="module", params=[pytest.param(d, marks=pytest.mark.xdist_group(d)) for d in BOUND])
 def dtype(request):
     return request.param
 
@@ -127,7 +128,12 @@ def test_compiled_blocks_keep_their_hidden_states_when_sharded(tmp_path):
 @pytest.mark.timeout(900)
 def test_twenty_teardowns(tmp_path):
     """A process that has loaded a checkpoint into sharded tensors may abort at its exit, if they still live then."""
-    folder = str(tmp_path / "saved")
-    run_all(tmp_path, 2, [Case(str(tmp_path / "begun.json"), "fsdp", steps=1, save=folder)])
-    for _ in range(20):
-        run_all(tmp_path, 2, [Case(str(tmp_path / "continued.json"), "fsdp", steps=1, load=folder)])
+    begun, continued = tmp_path / "begun.json", tmp_path / "continued.json"
+    files = {"out": str(begun), "save": str(tmp_path / "saved")}
+    run_all(tmp_path, 2, [Case(kind="fsdp", steps=1, **files)])
+    case = Case(str(continued), "fsdp", steps=1, load=str(tmp_path / "saved"))
+    (tmp_path / "case.json").write_text(json.dumps(asdict(case)))
+    job = run(0, "teardown_worker.py", tmp_path / "case.json", 20, cwd=tmp_path)
+    assert job.returncode == 0, job.stderr[-3000:]
+    assert json.loads(job.stdout) == [[0, 0]] * 20, job.stderr[-3000:]
+    assert len(json.loads(continued.read_text())["steps"]) == 1

@@ -19,6 +19,7 @@ from scripts.launch import slurm
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.xdist_group("slurm"),  # one cluster at a time
     pytest.mark.skipif(slurm_daemons.missing() is not None, reason=f"Slurm: {slurm_daemons.missing()}"),
 ]
 
