@@ -22,7 +22,7 @@ from analysis.measure import MeasureSettings
 from analysis.report.page import write_page
 from analysis.tables import as_json, write_csv, write_parquet
 from errors import InputError, exit_with, require_number
-from scripts.inspect_curvature.job import Job, run
+from scripts.inspect_curvature.job import Job, check_comparable, run
 from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
 from scripts.inspect_curvature.pieces import MIN_TOKENS, choose_data
 from scripts.inspect_curvature.terminal import print_tables, show_stages
@@ -69,6 +69,8 @@ def _run_job(arguments: argparse.Namespace, device: torch.device) -> tuple[Job, 
     )
     subject = load_subject(source, pieces.vocab_size, device)
     others = [open_run(name) for name in arguments.compare]
+    for other in others:
+        check_comparable(subject, other.folder.name, pieces.vocab_size, other.tokenizer_sha256)
     checkpoints = [] if source.named_checkpoint else source.other_checkpoints()
     job = Job(
         subject=subject,

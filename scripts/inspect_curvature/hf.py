@@ -20,7 +20,7 @@ from analysis.measure import MeasureSettings
 from data.corpora import InstalledPython
 from data.documents import find_files, read_file
 from errors import InputError
-from scripts.inspect_curvature.job import Job
+from scripts.inspect_curvature.job import Job, check_comparable
 from scripts.inspect_curvature.pieces import Pieces, from_tokens
 from scripts.inspect_curvature.subject import Subject
 
@@ -33,6 +33,9 @@ def hf_job(arguments: argparse.Namespace, device: torch.device, command: str) ->
     config = _config(folder)
     pieces, notes = _pieces(folder, config, arguments)
     subject = hf_subject(folder, device)
+    for other in map(Path, arguments.compare):
+        vocab_size = _text(_config(other)).vocab_size
+        check_comparable(subject, other.resolve().name, vocab_size, _tokenizer_sha256(other))
     return Job(
         subject=subject,
         twin=partial(hf_twin, folder, device, arguments.seed),

@@ -43,10 +43,7 @@ Stage = Callable[[str, int], Advance]
 
 
 def run(job: Job, stage: Stage) -> Inspection:
-    """stage(name, tokens): announces a pass and returns what is called with the tokens that are done.
-
-    Raises InputError for a comparison that does not read the same tokens.
-    """
+    """stage(name, tokens): announces a pass and returns what is called with the tokens that are done."""
     settings, skip = job.settings, job.skip_first
     pieces = job.pieces.at_least(skip + MIN_STATES)
     whole = total_tokens(pieces)
@@ -63,14 +60,14 @@ def run(job: Job, stage: Stage) -> Inspection:
     comparisons = []
     for make in job.comparisons:
         other = make()
-        check_comparable(subject, other)
         comparisons.append(Comparison(about(other), full(f"compare {other.name}", other)))
+    timeline, left_out = _timeline(job, pieces, stage)
     return Inspection(
         subject=about(subject),
         model=model,
         random=random,
         controls=controls,
-        timeline=_timeline(job, pieces, stage),
+        timeline=timeline,
         comparisons=comparisons,
         trajectory=trajectory,
         records=list(job.records),
@@ -82,7 +79,7 @@ def run(job: Job, stage: Stage) -> Inspection:
             "longest": pieces.longest,
             "skip_first": skip,
         },
-        notes=[*job.notes, *pieces.notes, *subject.notes],
+        notes=[*job.notes, *pieces.notes, *subject.notes, *left_out],
         command=job.command,
     )
 
@@ -99,23 +96,29 @@ def about(subject: Subject) -> About:
     )
 
 
-def check_comparable(subject: Subject, other: Subject) -> None:
-    if other.vocab_size != subject.vocab_size or other.tokenizer_sha256 != subject.tokenizer_sha256:
-        raise InputError(f"--compare: {other.name} is of another tokenizer than {subject.name}: not the same tokens")
+def check_comparable(subject: Subject, name: str, vocab_size: int, tokenizer_sha256: str | None) -> None:
+    """Before anything is measured. Raises InputError: the other model does not read the same tokens."""
+    if vocab_size != subject.vocab_size or tokenizer_sha256 != subject.tokenizer_sha256:
+        raise InputError(f"--compare: {name} is of another tokenizer than {subject.name}: not the same tokens")
 
 
-def _timeline(job: Job, pieces: Pieces, stage: Stage) -> list[tuple[About, Any]]:
-    """The untrained twin as step 0, the kept checkpoints, and the subject, on the same few pieces."""
+def _timeline(job: Job, pieces: Pieces, stage: Stage) -> tuple[list[tuple[About, Any]], list[str]]:
+    """The untrained twin as step 0, the kept checkpoints, and the subject, on the same few pieces; and a note for each
+    one that cannot be read: the rest is worth showing without it."""
     if not job.checkpoints:
-        return []
+        return [], []
     few = pieces.spread(TIMELINE_PIECES)
-    found = []
+    found, notes = [], []
     for make in (job.twin, *job.checkpoints, lambda: job.subject):
-        subject = make()
+        try:
+            subject = make()
+        except InputError as error:
+            notes.append(f"left out of the timeline: {error}")
+            continue
         advance = stage(f"timeline, step {subject.step}", total_tokens(few, calibrate=False))
         measured = measure(subject, few, job.settings, skip_first=job.skip_first, calibrate=False, advance=advance)
         found.append((about(subject), measured))
-    return sorted(found, key=lambda entry: entry[0].step or 0)
+    return sorted(found, key=lambda entry: entry[0].step or 0), notes
 
 
 def _trajectory(subject: Subject, pieces: Pieces) -> Trajectory:

@@ -45,13 +45,10 @@ class RunSource:
             return prepare(self.config.data, progress=progress)
 
     def other_checkpoints(self) -> list[Path]:
-        """The run's other valid checkpoints, oldest first; damaged ones are named and left out."""
-        found = []
-        checkpointer = Checkpointer(self.folder / "checkpoints")
-        for path in reversed(checkpointer.paths()):
-            if path.resolve() != self.checkpoint.resolve():
-                found.append(path)
-        return found
+        """The run's other checkpoints, oldest first, valid or not: whoever loads one checks every byte of it, and a
+        run that goes on may remove it before that."""
+        paths = reversed(Checkpointer(self.folder / "checkpoints").paths())
+        return [path for path in paths if path.resolve() != self.checkpoint.resolve()]
 
 
 def open_run(name: str, runs: Path = RUNS) -> RunSource:
@@ -83,8 +80,10 @@ def open_run(name: str, runs: Path = RUNS) -> RunSource:
 
 
 def load_subject(source: RunSource, vocab_size: int, device: torch.device, checkpoint: Path | None = None) -> Subject:
-    """The weights of a checkpoint (default: the source's own). Raises InputError: damaged, or of another model."""
+    """The weights of a checkpoint (default: the source's own). Raises InputError: gone, damaged, of another model."""
     path = checkpoint or source.checkpoint
+    if not path.is_dir():
+        raise InputError(f"{path}: was removed meanwhile (a run keeps its newest checkpoints)")
     model = HybridLM(source.config.model, vocab_size)
     load_weights(path, model)
     state = load_state(path).get("run", {})

@@ -11,7 +11,7 @@ from data.config import TokenizerConfig
 from data.prepare import prepare
 from errors import exit_with
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer
+from training.checkpoint import CheckpointConfig, Checkpointer
 from training.config import RunConfig
 
 NASTY = "</script><img src=x onerror=alert(1)> {{<b>&amp;"
@@ -27,7 +27,7 @@ def write_texts(folder, count, seed=0):
     return folder
 
 
-def make_run(root, name="tiny", texts="texts", pattern="AEM", steps=(10, 20), seed=0):
+def make_run(root, name="tiny", texts="texts", pattern="AEM", steps=(10, 20), seed=0, keep_every=0):
     """runs/<name> below root. The weights of later checkpoints are those of the first, moved."""
     config = RunConfig(run_id=name, seed=seed)
     config.model.pattern, config.model.d_model = pattern, 32
@@ -49,7 +49,7 @@ def make_run(root, name="tiny", texts="texts", pattern="AEM", steps=(10, 20), se
     generator = torch.Generator().manual_seed(seed)
     model = HybridLM(config.model, data.vocab_size)
     model.init_weights(generator)
-    saver = Checkpointer(folder / "checkpoints")
+    saver = Checkpointer(folder / "checkpoints", CheckpointConfig(keep_every=keep_every))
     for step in steps:
         with torch.no_grad():
             for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from inspect_cases import inspect, make_run, write_texts
 
 from analysis.curvature import curvature_degrees
 from model.context import SequenceContext
+from scripts.inspect_curvature import native
 from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
 from scripts.inspect_curvature.pieces import from_prepared
 
@@ -122,13 +124,43 @@ def test_a_checkpoint_and_own_text(root, monkeypatch, capsys):
     assert "guards" in capsys.readouterr().out.lower()
 
 
-def damaged(root):
-    folder = make_run(root, "damaged", steps=(7,))
-    (shard,) = (folder / "checkpoints" / "step-00000007" / "tensors").glob("*.safetensors")
+def flip_a_bit(checkpoint):
+    (shard,) = (checkpoint / "tensors").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
+
+
+def damaged(root):
+    folder = make_run(root, "damaged", steps=(7,))
+    flip_a_bit(folder / "checkpoints" / "step-00000007")
     return folder
+
+
+def test_a_damaged_or_pruned_checkpoint_costs_its_point_of_the_timeline_alone(root, monkeypatch):
+    """One is damaged from the start; a living run removes another one meanwhile."""
+    folder = make_run(root, "living", steps=(10, 20, 30, 40), keep_every=10)
+    flip_a_bit(folder / "checkpoints" / "step-00000040")
+    load = native.load_weights
+
+    def prune_behind(path, model):
+        load(path, model)
+        if path.name == "step-00000010":
+            shutil.rmtree(folder / "checkpoints" / "step-00000020")
+
+    monkeypatch.setattr(native, "load_weights", prune_behind)
+    assert not inspect(monkeypatch, root, "living", *SIZE)
+    content = json.loads((folder / "curvature.json").read_text())
+    assert content["subject"]["step"] == 30
+    assert [about["about"]["step"] for about in content["timeline"]] == [0, 10, 30]
+    pruned, broken = content["notes"]
+    assert "step-00000020: was removed" in pruned and "step-00000040: damaged" in broken
+
+
+def test_a_comparison_of_another_tokenizer_is_refused_before_any_pass(root, monkeypatch, capsys):
+    assert inspect(monkeypatch, root, "tiny", "--compare", "twin", "foreign", *SIZE) == 2
+    errors = capsys.readouterr().err
+    assert "another tokenizer" in errors and "measuring" not in errors
 
 
 BAD = {
