@@ -97,7 +97,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                 batch = batch.to(machine.device)
                 triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
                 stp_weight = gate.weight(state.tokens) if config.stp.enabled else 0.0
-                run.prove(preflight, batch, triples, state, stp_weight)
+                run.prove(preflight, batch, triples, stp_weight)
                 if stp_weight == 0 and (state.step + 1) % config.train.log_every:
                     triples = None  # while the gate is closed, STP is measured (without gradient) at a cadence only
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import traceback
 from dataclasses import asdict
 from types import TracebackType
@@ -138,7 +139,7 @@ class Run:
             message=self.progress.message,
         )
 
-    def prove(self, preflight: Preflight, batch: Any, triples: Triples | None, state: State, stp_weight: float) -> None:
+    def prove(self, preflight: Preflight, batch: Any, triples: Triples | None, stp_weight: float) -> None:
         """Preflight before this process's first step, and its gradient checks again when the gate opens.
 
         Raises PreflightError.
@@ -258,7 +259,9 @@ class Run:
                 self.progress.message(line)
 
     def _warn(self, text: str) -> None:
-        """A line in the log, and in the receipt."""
+        """A line in the log and in the receipt; of other ranks than 0, which have neither, on stderr."""
+        if not self.world.is_main:
+            print(f"rank {self.world.rank}: warning: {text}", file=sys.stderr)
         self.progress.message(f"warning: {text}")
         self.receipt.content.setdefault("warnings", []).append(text)
 

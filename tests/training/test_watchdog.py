@@ -9,11 +9,16 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from training.distributed import ParallelConfig, World
 from training.drift import GIB, DriftMonitor
 from training.health import HealthConfig
+from training.lifecycle import Run
+from training.receipt import Receipt
 from training.watchdog import STACKS, Watchdog
 
 HANG = """
@@ -127,3 +132,14 @@ def test_growing_memory_is_said_at_every_further_growth():
         memory[0] = GIB // 4 if step < 8 else GIB  # below one GiB of growth is nobody's business
         monitor.observe(step, 1000)
     assert said == []
+
+
+@pytest.mark.parametrize(("rank", "line"), [(0, ""), (3, "rank 3: warning: 9.0 GiB more\n")])
+def test_a_warning_of_a_rank_without_a_log_is_on_stderr(capfd, rank, line):
+    world = World(ParallelConfig(data="fsdp"), torch.device("cpu"), rank, 4, None)
+    log, receipt = [], Receipt.unwritten("a")
+    Run._warn(
+        SimpleNamespace(world=world, progress=SimpleNamespace(message=log.append), receipt=receipt), "9.0 GiB more"
+    )
+    assert capfd.readouterr().err == line
+    assert log == ["warning: 9.0 GiB more"] and receipt.content["warnings"] == ["9.0 GiB more"]
