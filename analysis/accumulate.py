@@ -1,4 +1,4 @@
-"""Means over documents with bootstrap intervals, in constant memory: the Poisson bootstrap.
+"""Means over pieces of documents with bootstrap intervals over documents, in constant memory: the Poisson bootstrap.
 
 Each document enters each of R replicates Poisson(1) times (Oza and Russell 2001; Chamandy et al. 2012), decided by
 (seed, document) alone. So any two boundaries, families, models or runs that are measured on the same documents are
@@ -69,9 +69,10 @@ class Curve:
 
 
 class DocumentMeans:
-    """Streams numbers per document into means over documents. NaN: that document has no such number.
+    """Streams numbers per piece into means over pieces. NaN: that piece has no such number.
 
-    shape: of one document's numbers, such as (variants, boundaries, metrics).
+    A document is one piece, or several where it was cut: each counts as much, and all of them are resampled together.
+    shape: of one piece's numbers, such as (variants, boundaries, metrics).
     """
 
     def __init__(self, shape: Sequence[int], replicates: int = REPLICATES, seed: int = 0) -> None:
@@ -80,18 +81,22 @@ class DocumentMeans:
         self.weights = np.zeros_like(self.sums)
         self.shape = tuple(shape)
         self.n_documents = 0
+        self._last: int | None = None
 
     def update(self, values: FloatArray, document_index: Sequence[int]) -> None:
-        """values (N, *shape); document_index (N,): the identity of each document."""
+        """values (N, *shape); document_index (N,): the identity of each piece's document. Pieces of one document are
+        consecutive, over updates too."""
         flat = values.reshape(len(values), -1)
         weights = document_weights(document_index, self.replicates, self.seed)  # (1 + R, N)
         present = ~np.isnan(flat)
         self.sums += weights @ np.where(present, flat, 0.0)
         self.weights += weights @ present
-        self.n_documents += len(values)
+        for document in document_index:
+            self.n_documents += document != self._last
+            self._last = document
 
     def means(self) -> FloatArray:
-        """(1 + R, *shape): the estimate and its replicates; NaN where no document had the number."""
+        """(1 + R, *shape): the estimate and its replicates; NaN where no piece had the number."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(self.weights > 0, self.sums / self.weights, np.nan).reshape(-1, *self.shape)
 

@@ -80,9 +80,12 @@ class Moments:
         self.step_first, self.step_second = zeros(d_model), zeros(d_model, d_model)
         self.direction, self.direction_within = zeros(d_model), zeros()
         self.origin: Tensor | None = None
+        # The last document so far, of which the next update may bring more: its identity, tokens and directions' sum.
+        self.last: tuple[int, Tensor, Tensor] | None = None
 
     def update(self, hidden: Tensor, sample: TokenSample, document_index: Tensor) -> None:
-        """hidden (N, T, D): one document a row. document_index (N,) decides the group."""
+        """hidden (N, T, D): one document (or piece of one) a row. document_index (N,): identity, which decides the
+        group; pieces of one document are consecutive, over updates too."""
         row = torch.arange(len(hidden), device=hidden.device)[:, None]
         states = hidden[row, sample.index]
         steps = hidden[row, (sample.index + 1).clamp_max(hidden.shape[1] - 1)] - states
@@ -94,16 +97,30 @@ class Moments:
         groups = document_index % self.n_groups
         for group in groups.unique().tolist():
             mine = groups == group
-            x, v, u = shifted[mine].flatten(0, 1), steps[mine].flatten(0, 1), directions[mine].sum(1)
-            n = sample.valid[mine].sum(1).double()
-            self.count[group] += n.sum().cpu()
-            self.pairs_within[group] += n.square().sum().cpu()
+            x, v = shifted[mine].flatten(0, 1), steps[mine].flatten(0, 1)
+            self.count[group] += sample.valid[mine].sum().cpu()
             self.first[group] += x.sum(0).double().cpu()
             self.second[group] += (x.T @ x).double().cpu()
             self.step_first[group] += v.sum(0).double().cpu()
             self.step_second[group] += (v.T @ v).double().cpu()
-            self.direction[group] += u.sum(0).double().cpu()
-            self.direction_within[group] += u.double().square().sum().cpu()
+        self._update_pairs(directions.sum(1).double().cpu(), sample.valid.sum(1).double().cpu(), document_index.cpu())
+
+    def _update_pairs(self, directions: Tensor, n_tokens: Tensor, document_index: Tensor) -> None:
+        """directions (N, D), n_tokens (N,), document_index (N,): what pairs of tokens need, once per document."""
+        documents, row = document_index.unique_consecutive(return_inverse=True)
+        count = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, row, n_tokens)
+        total = torch.zeros(len(documents), directions.shape[1], dtype=torch.float64).index_add_(0, row, directions)
+        groups = documents % self.n_groups
+        self.direction.index_add_(0, groups, total)
+        if self.last is not None and self.last[0] == int(documents[0]):  # its sum was counted without this piece
+            _, before, direction = self.last
+            self.pairs_within[groups[0]] -= before.square()
+            self.direction_within[groups[0]] -= direction.square().sum()
+            count[0] += before
+            total[0] += direction
+        self.pairs_within.index_add_(0, groups, count.square())
+        self.direction_within.index_add_(0, groups, total.square().sum(1))
+        self.last = int(documents[-1]), count[-1], total[-1]
 
     def metrics(self) -> dict[str, Tensor]:
         """CORPUS_METRICS: each (1 + K,) float64, over all documents and then without each group in turn.

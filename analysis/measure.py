@@ -40,7 +40,7 @@ CHUNK_BYTES = 4 << 20
 @dataclass(frozen=True)
 class MeasureSettings:
     """seed decides triples, spans and replicates. window: largest gap of a triple. trained_length: tokens of a
-    training row, None = unknown. n_triples, n_spans: per document (spans also per bin)."""
+    training row, None = unknown. n_triples, n_spans: per piece (spans also per bin)."""
 
     seed: int = 0
     window: int | None = 64
@@ -109,7 +109,7 @@ class Measurement:
         position_means: Sequence[tuple[Tensor, Tensor]] | None = None,
         workers: int = 1,
     ) -> None:
-        """boundaries: names, one per tensor of a batch. length: longest document. position_means: per boundary, from
+        """boundaries: names, one per tensor of a batch. length: longest piece. position_means: per boundary, from
         `PositionMeans.means` of a first pass; None: no position-centred curvature. workers: boundaries that are
         measured side by side; the numbers are the same to the last bit."""
         self.boundaries = list(boundaries)
@@ -134,8 +134,9 @@ class Measurement:
         piece_index: Tensor | None = None,
     ) -> None:
         """hidden_states: one (N, T, D) per boundary, one document (or piece of one) a row, padded at the end (see
-        `paths.one_document_per_row`). lengths (N,). document_index (N,) int64: what is resampled as a whole.
-        piece_index (N,) int64: decides triples and spans; default: document_index."""
+        `paths.one_document_per_row`). lengths (N,). document_index (N,) int64: what is resampled as a whole; rows of
+        one document are consecutive, over updates too. piece_index (N,) int64: decides triples and spans; default:
+        document_index."""
         if not self.precision:
             self.precision = [stored_precision(states[:, : int(lengths.min())]) for states in hidden_states]
         self.n_tokens += int(lengths.sum())
@@ -154,7 +155,7 @@ class Measurement:
         self.documents.update(values, document_index.tolist())
 
     def _boundary(self, shared: Layout, number: int, states: Tensor) -> FloatArray:
-        """(rows, variants, metrics): a boundary's numbers per document; adds to its moments and positions.
+        """(rows, variants, metrics): a boundary's numbers per piece; adds to its moments and positions.
 
         Both variants go through every operation as one tensor, raw rows first: the operations are small.
         """

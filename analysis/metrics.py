@@ -14,13 +14,14 @@ VARIANTS = ("raw", "rms")
 
 @dataclass(frozen=True)
 class Metric:
-    """lower: what a lower value means, in a word or two, for tables. per: document (mean over documents) or corpus."""
+    """lower: what a lower value means, in a word or two, for tables. per: piece (a document, or one of several that a
+    long one is cut into: the mean over pieces) or corpus."""
 
     name: str
     label: str
     unit: str
     definition: str
-    per: str = "document"
+    per: str = "piece"
 
 
 def bin_name(bounds: tuple[int, int]) -> str:
@@ -32,7 +33,7 @@ def document_metrics(
     bins: Sequence[tuple[int, int]] = SPAN_BINS,
     horizons: Sequence[int] = HORIZONS,
 ) -> list[Metric]:
-    """Those that every document has for itself, in the order in which they are stored."""
+    """Those that every piece of a document has for itself, in the order in which they are stored."""
     found = [
         Metric(
             "curvature", "curvature", "degrees", "mean angle between neighbouring steps; line 0, walk 90, i.i.d. 120"
@@ -61,7 +62,7 @@ def document_metrics(
             "stp_patch_complement",
             "STP, patch against rest",
             "1 - cos",
-            "shared spans against the rest of their document; line 0, walk 1.0, i.i.d. 1.7",
+            "shared spans against the rest of their piece; line 0, walk 1.0, i.i.d. 1.7",
         ),
         Metric("state_norm", "state norm", "", "mean |x|"),
         Metric("step_norm", "step norm", "", "mean |v|, v = x_{k+1} - x_k"),
@@ -88,7 +89,7 @@ def document_metrics(
     says = {
         "plain": "error^2 / size^2 of the state; small for free where states share a mean",
         "copy_last": "the same of the forecast that nothing moves",
-        "centred": "error^2 / squared distance from the document's mean state",
+        "centred": "error^2 / squared distance from the piece's mean state",
         "transition": "error^2 / squared step; line 0, walk 2, i.i.d. 3 at one token",
     }
     found += [

@@ -124,7 +124,7 @@ def stp_figure(inspection: Inspection) -> Figure:
         "stp",
         "The STP loss at every boundary, in its three forms",
         "1 - cos between two displacements of a path: of random triples inside a window (what training minimises by "
-        "default), of neighbouring steps, and of a span against the rest of its document (the form of the paper's "
+        "default), of neighbouring steps, and of a span against the rest of its piece (the form of the paper's "
         "released code). The same triples are used at all boundaries and in all models. 0 is a line.",
         "Values of the three forms cannot be compared with each other, and a lower loss is not a better model.",
         views,
@@ -157,8 +157,8 @@ def forecast_figure(inspection: Inspection) -> Figure:
         "forecast",
         "Could one go on in a straight line?",
         "The forecast x + m v continues the last step for m tokens. Its squared error is divided by the squared step "
-        "(0 a line, 2 a walk, 3 noise, at one token), by the squared distance of the target from the document's "
-        "mean, and by the squared state, beside the forecast that nothing moves.",
+        "(0 a line, 2 a walk, 3 noise, at one token), by the squared distance of the target from the piece's mean, "
+        "and by the squared state, beside the forecast that nothing moves.",
         "The last two are small for free where all states share a large mean; the first two do not see it.",
         views,
         width="half",

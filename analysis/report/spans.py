@@ -60,7 +60,7 @@ def tube_figure(inspection: Inspection) -> Figure:
     return Figure(
         "tubes",
         "How wide the tube is: distance from the chord, by span",
-        "For spans of the document: how far the tokens inside stray from the straight line through its ends, in "
+        "For spans of a piece: how far the tokens inside stray from the straight line through its ends, in "
         "units of that line's length (noise 0.87, a walk 0.41 whatever the length, a line 0); and how much of the "
         "walked length the chord is. The same spans at all boundaries and in all models.",
         "A narrow tube is what STP asks for, not a sign of a better model: in published studies wider tubes over "

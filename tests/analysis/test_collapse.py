@@ -6,7 +6,14 @@ import pytest
 import torch
 from analysis_cases import documents, measure
 
-from analysis.collapse import effective_rank, groups_that_fit, participation_ratio, rms_normalised
+from analysis.collapse import (
+    Moments,
+    effective_rank,
+    groups_that_fit,
+    participation_ratio,
+    rms_normalised,
+    sample_tokens,
+)
 from analysis.families import block_changes, family_changes
 from analysis.rounding import rounding_bias, stored_precision
 
@@ -53,6 +60,15 @@ def test_anisotropy_pairs_tokens_of_different_documents_only():
         for _ in range(40)
     ]
     assert abs(float(measure([rows]).get("anisotropy").value[0])) < 0.02
+
+
+def test_anisotropy_of_two_orthogonal_documents_of_two_pieces_is_zero():
+    """A long document comes as several rows: its own agreement is no likeness of different documents."""
+    rows = torch.eye(2)[[0, 0, 1, 1]][:, None].repeat(1, 9, 1) * torch.arange(1.0, 10.0)[:, None]
+    moments = Moments(2, 8)
+    for piece in range(4):
+        moments.update(rows[[piece]], sample_tokens(torch.tensor([9])), torch.tensor([piece // 2]))
+    assert moments.metrics()["anisotropy"][0] == 0
 
 
 def test_position_share_of_a_mixture():

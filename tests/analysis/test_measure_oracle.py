@@ -5,7 +5,8 @@ import pytest
 import torch
 from analysis_cases import LENGTHS, documents, measure, pad
 
-from analysis.collapse import sample_tokens
+from analysis.accumulate import DocumentMeans
+from analysis.collapse import Moments, sample_tokens
 from analysis.forms import draw_triples
 from analysis.measure import Measurement, MeasureSettings
 from analysis.tube import SPAN_BINS, draw_spans
@@ -108,6 +109,28 @@ def test_numbers_of_the_corpus(rows, found, variant):
     }
     for name, value in want.items():
         assert float(found.get(name, variant).value[0]) == pytest.approx(value, rel=2e-5), (name, variant)
+
+
+def test_pieces_of_one_document_are_no_pairs_and_count_as_one(rows):
+    """Documents cut into pieces of 40 tokens, read in batches that cut them anywhere."""
+    pieces = [(number, x[at : at + 40]) for number, x in enumerate(rows) for at in range(0, len(x), 40)]
+    pieces = [(number, x) for number, x in pieces if len(x) > 1]
+    states: dict[int, list] = {}
+    for number, x in pieces:
+        sample = sample_tokens(torch.tensor([len(x)]), 16)
+        states.setdefault(number, []).append(x.double().numpy()[sample.index[sample.valid].tolist()])
+    whole = [np.concatenate(parts) for parts in states.values()]
+    rest = [x for number, x in zip(states, whole) if number % 8 != 3]  # the jackknife's groups are of whole documents
+    want = [oracle.anisotropy(whole), oracle.anisotropy(rest)]
+    for batch in (1, 2, 3, 100):
+        moments, means = Moments(12, 8), DocumentMeans((1,), replicates=5)
+        for start in range(0, len(pieces), batch):
+            padded, lengths = pad([x for _, x in pieces[start : start + batch]])
+            index = torch.tensor([number for number, _ in pieces[start : start + batch]])
+            moments.update(padded, sample_tokens(lengths, 16), index)
+            means.update(np.zeros((len(index), 1)), index.tolist())
+        assert means.n_documents == len(whole) == len(rows) < len(pieces)
+        assert moments.metrics()["anisotropy"][[0, 4]].tolist() == pytest.approx(want, rel=2e-5), batch
 
 
 def test_position_means_and_what_they_explain(rows, found):
