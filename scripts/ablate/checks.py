@@ -1,4 +1,4 @@
-"""What the runs of a grid must be to each other: complete pairs, and no experiment twice."""
+"""What the runs of a grid must be to each other: told apart, complete pairs, and no experiment twice."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 
 # The one key of `data` that does not change what is stored, only how it is cut.
 ROWS = "data.sequence_length"
+
+
+def check_run_ids(grid: Grid) -> None:
+    """Every run has a folder of its own: what a folder's name cannot hold is "_" there, whatever it was."""
+    seen: dict[str, Cell] = {}
+    for cell in grid.cells:
+        other = seen.setdefault(cell.run_id, cell)
+        both = " and ".join(
+            f"arm {one.arm}" + (f" at {', '.join(f'{k} {v}' for k, v in one.point.items())}" if one.point else "")
+            for one in (other, cell)
+        )
+        require(other is cell, f"{grid.path}: {both}", f"both would be run {cell.run_id}; rename one of them")
 
 
 def check_pairs(grid: Grid) -> None:

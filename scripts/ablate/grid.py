@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError, nearest, require, require_choice, require_number
-from scripts.ablate.checks import check_different, check_pairs
+from scripts.ablate.checks import check_different, check_pairs, check_run_ids
 from scripts.ablate.expression import Expression
 from scripts.ablate.space import Search, Trial, read_search
 from training.config import RunConfig, load_config
@@ -60,7 +60,7 @@ class Cell:
     @property
     def run_id(self) -> str:
         parts = [self.arm, *(f"{name}={value}" for name, value in self.point.items()), f"s{self.seed}"]
-        return "-".join(re.sub(r"[^A-Za-z0-9_.+=]+", "_", part) for part in parts)
+        return "-".join(re.sub(r"[^A-Za-z0-9_.+=-]+", "_", part) for part in parts)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -174,6 +174,7 @@ def load_grid(
         search,
     )
     require_choice(f"{path}: checkpoints", grid.checkpoints, ["keep", "remove"])
+    check_run_ids(grid)
     check_pairs(grid)
     check_different(grid)
     return grid

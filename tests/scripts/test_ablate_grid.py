@@ -54,6 +54,12 @@ def test_cells_are_arms_times_axes_times_seeds_with_seeds_outermost(place):
     assert len({cell.run_id for cell in grid.cells}) == len(grid.cells)
 
 
+def test_arms_whose_names_differ_by_a_dash_have_folders_of_their_own(place):
+    """In one folder the second would be the first's run, and read "identical, bit for bit"."""
+    grid = load_grid(write(place, arms={"no-stp": {"stp.weight": 0}, "no_stp": {}}, baseline="no-stp"))
+    assert [cell.run_id for cell in grid.cells[:2]] == ["no-stp-s0", "no_stp-s0"]
+
+
 def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
     rows = differences(load_grid(write(place)))
     assert rows == [
@@ -77,6 +83,19 @@ def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
         (
             {"arms": {"none": {"stp.weight": 0}, "b": {"data.train_fraction": 0.5}}},
             "arm b: changes data.train_fraction, so its pairs would not share their data; make it an axis",
+        ),
+        # two experiments that one folder would stand for
+        (
+            {"axes": {"data.path": ["texts/*.txt", "texts/**.txt"]}},
+            r"arm none at path texts/\*\.txt and arm none at path texts/\*\*\.txt: .*none-path=texts_.txt-s0",
+        ),
+        (
+            {
+                "baseline": "b",
+                "arms": {"b": {}, "b-path=t": {"stp.weight": 0}},
+                "axes": {"data.path": ["t", "t-path=t"]},
+            },
+            "arm b-path=t at path t and arm b at path t-path=t: .*b-path=t-path=t-s0",
         ),
         ({"filters": ["seed > 7"]}, "filters: leave none of the runs"),
         ({"filters": ['arm != "triple"']}, "leave no run of arm triple"),
