@@ -171,8 +171,11 @@ def choose_data(
 ) -> Pieces:
     """--data: validation (default) or train, a prepared folder, or text files. prepared: the run's own corpus.
 
-    Raises InputError: a prepared corpus of another tokenizer than the model's, nothing to read, nothing long enough.
+    Raises InputError: a prepared corpus of another tokenizer than the model's, nothing to read, nothing long enough,
+    something beside a split.
     """
+    if names and names[0] in SPLITS and len(names) > 1:
+        raise InputError(f"--data: {names[0]} is the run's own corpus, {names[1]} would not be read; give one of them")
     if not names or names[0] in SPLITS:
         corpus, split = prepared(), names[0] if names else "validation"
     elif len(names) == 1 and (Path(names[0]) / "manifest.json").is_file():
