@@ -18,15 +18,20 @@ def timeline_figure(inspection: Inspection) -> Figure | None:
     if len(inspection.timeline) >= 2:
         for metric, variant, label, unit in SHOWN:
             views.append(View(label, _checkpoints(inspection, metric, variant), _layout(f"change, {unit}")))
+    measured = (
+        f"The change since {inspection.timeline[0][0].name}, at every checkpoint that the run kept, averaged over the "
+        "boundaries that a family writes, on a smaller set of the same documents; 95% intervals are of the change, "
+        "paired over documents. "
+        if views
+        else ""
+    )
     views += _logged(inspection)
     if not views:
         return None
     return Figure(
         "timeline",
         "What training did, step by step",
-        "The change since step 0 (the untrained twin) at every checkpoint that the run kept, averaged over the "
-        "boundaries that a family writes, on a smaller set of the same documents; 95% intervals are of the change, "
-        "paired over documents. Views named 'logged' are what the run itself measured on its training batches.",
+        f"{measured}Views named 'logged' are what the run itself measured on its training batches.",
         "A run keeps few checkpoints by default; checkpoint.keep_every=100 keeps one every 100 steps. A curve that "
         "keeps falling while the held-out loss does not is the picture of a cheat.",
         views,

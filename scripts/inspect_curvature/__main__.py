@@ -23,7 +23,7 @@ from analysis.report.page import write_page
 from analysis.tables import as_json, write_csv, write_parquet
 from errors import InputError, exit_with, require_number
 from scripts.inspect_curvature.job import Job, check_comparable, run
-from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
+from scripts.inspect_curvature.native import before_training, load_subject, open_run, untrained_twin
 from scripts.inspect_curvature.pieces import MIN_TOKENS, choose_data
 from scripts.inspect_curvature.terminal import print_tables, show_stages
 from training.durable import replace_atomically
@@ -75,6 +75,7 @@ def _run_job(arguments: argparse.Namespace, device: torch.device) -> tuple[Job, 
     job = Job(
         subject=subject,
         twin=partial(untrained_twin, source, pieces.vocab_size, device),
+        start=partial(before_training, source, pieces.vocab_size, device),
         pieces=pieces,
         settings=MeasureSettings(arguments.seed, subject.window, trained_length=subject.trained_length),
         skip_first=arguments.skip_first,

@@ -24,14 +24,16 @@ MIN_STATES = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured. twin: the untrained model. checkpoints: oldest first, each made when its turn comes, so that
-    one is in memory at a time; comparisons likewise."""
+    """What is measured. twin: the untrained model, the control. start: the model before its first step (None: the
+    twin). checkpoints: oldest first, each made when its turn comes, so that one is in memory at a time; comparisons
+    likewise."""
 
     subject: Subject
     twin: Callable[[], Subject]
     pieces: Pieces
     settings: MeasureSettings
     skip_first: int = 1
+    start: Callable[[], Subject] | None = None
     checkpoints: tuple[Callable[[], Subject], ...] = ()
     comparisons: tuple[Callable[[], Subject], ...] = ()
     records: tuple[dict[str, Any], ...] = ()
@@ -103,13 +105,13 @@ def check_comparable(subject: Subject, name: str, vocab_size: int, tokenizer_sha
 
 
 def _timeline(job: Job, pieces: Pieces, stage: Stage) -> tuple[list[tuple[About, Any]], list[str]]:
-    """The untrained twin as step 0, the kept checkpoints, and the subject, on the same few pieces; and a note for each
-    one that cannot be read: the rest is worth showing without it."""
+    """The model before its first step, the kept checkpoints, and the subject, on the same few pieces; and a note for
+    each one that cannot be read: the rest is worth showing without it."""
     if not job.checkpoints:
         return [], []
     few = pieces.spread(TIMELINE_PIECES)
     found, notes = [], []
-    for make in (job.twin, *job.checkpoints, lambda: job.subject):
+    for make in (job.start or job.twin, *job.checkpoints, lambda: job.subject):
         try:
             subject = make()
         except InputError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from model.hybrid import HybridLM
 from scripts.inspect_curvature.subject import Subject
 from training.checkpoint import NAME, Checkpointer, load_state, step_of
 from training.config import RunConfig, load_config
+from training.manifest import MANIFEST
 from training.receipt import read_receipt
-from training.run import RUNS
+from training.run import RUNS, find_checkpoint
 from training.weights import load_weights
 
 
@@ -96,6 +98,24 @@ def untrained_twin(source: RunSource, vocab_size: int, device: torch.device) -> 
     model = HybridLM(source.config.model, vocab_size)
     model.init_weights(torch.Generator().manual_seed(source.config.seed))
     return _subject(source, model, f"{source.folder.name}, untrained", device, 0, 0)
+
+
+def before_training(source: RunSource, vocab_size: int, device: torch.device) -> Subject:
+    """The model before its first step: the untrained twin, or the weights of `init_from`.
+
+    Raises InputError: they cannot be read, or were saved after the run had begun, so that it began from others.
+    """
+    name = source.config.init_from
+    if name is None:
+        return untrained_twin(source, vocab_size, device)
+    path = Path(name) if Path(name).is_file() else find_checkpoint(name)
+    started = source.receipt.get("started")
+    saved = (path if path.is_file() else path / MANIFEST).stat().st_mtime
+    if started is not None and saved > datetime.fromisoformat(started).timestamp() + 1:  # the receipt has no fractions
+        raise InputError(f"init_from: {path} is younger than the run: it began from other weights of {name}")
+    model = HybridLM(source.config.model, vocab_size)
+    load_weights(path, model)
+    return _subject(source, model, f"{source.folder.name}, step 0 (from {name})", device, 0, 0)
 
 
 def _subject(

@@ -18,6 +18,7 @@ from model.context import SequenceContext
 from scripts.inspect_curvature import native
 from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
 from scripts.inspect_curvature.pieces import from_prepared
+from training.config import load_config
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--documents", 24, "--tokens", 64)
@@ -157,6 +158,38 @@ def test_a_damaged_or_pruned_checkpoint_costs_its_point_of_the_timeline_alone(ro
     assert "step-00000020: was removed" in pruned and "step-00000040: damaged" in broken
 
 
+def test_a_run_that_began_from_weights_starts_its_timeline_there(root, monkeypatch):
+    """Weights that are gone, or were saved after the run had started, are no step 0; the control stays fresh."""
+    folder = make_run(root, "more", steps=(10, 20))
+    config = load_config(folder / "config.yaml")
+    config.init_from = "tiny"
+    (folder / "config.yaml").write_text(config.to_yaml())
+    receipt = json.loads((folder / "receipt.json").read_text())
+
+    def timeline(started):
+        (folder / "receipt.json").write_text(json.dumps(receipt | {"started": started}))
+        assert not inspect(monkeypatch, root, "more", *SIZE)
+        content = json.loads((folder / "curvature.json").read_text())
+        assert content["sources"]["untrained"] == twin
+        return [about["about"]["name"] for about in content["timeline"]], content
+
+    assert not inspect(monkeypatch, root, "tiny", *SIZE, "--out", root / "alone")
+    alone = json.loads((root / "alone" / "curvature.json").read_text())
+    twin = alone["sources"]["untrained"]  # the two runs have one seed
+    names, content = timeline("2999-01-01T00:00:00+00:00")
+    assert names == ["more, step 0 (from tiny)", "more, step 10", "more, step 20"] and content["notes"] == []
+    assert content["timeline"][0]["raw"]["curvature"] == alone["timeline"][-1]["raw"]["curvature"]
+    assert "The change since more, step 0 (from tiny)," in (folder / "report.html").read_text()
+    names, content = timeline("2001-01-01T00:00:00+00:00")
+    assert names == ["more, step 10", "more, step 20"] and "younger" in content["notes"][0]
+    shutil.move(root / "runs" / "tiny", root / "away")
+    try:
+        names, content = timeline("2999-01-01T00:00:00+00:00")
+    finally:
+        shutil.move(root / "away", root / "runs" / "tiny")
+    assert names == ["more, step 10", "more, step 20"] and "no run or checkpoint tiny" in content["notes"][0]
+
+
 def test_a_comparison_of_another_tokenizer_is_refused_before_any_pass(root, monkeypatch, capsys):
     assert inspect(monkeypatch, root, "tiny", "--compare", "twin", "foreign", *SIZE) == 2
     errors = capsys.readouterr().err
@@ -172,6 +205,7 @@ BAD = {
     "other tokenizer": (lambda root: ["tiny", "--compare", "foreign"], "another tokenizer"),
     "data of another tokenizer": (lambda root: ["tiny", "--data", foreign_corpus(root)], "of tokenizer"),
     "no documents": (lambda root: ["tiny", "--data", "nowhere/*.txt"], "matches no file"),
+    "a split and files": (lambda root: ["tiny", "--data", "validation", "mine5.txt"], "mine5.txt would not be read"),
     "too short": (lambda root: ["tiny", "--data", short_text(root)], "shorter than 4 tokens"),
     "nothing": (lambda root: [], "expected a run"),
     "both": (lambda root: ["tiny", "--hf", "x"], "expected a run"),
