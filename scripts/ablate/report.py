@@ -17,7 +17,7 @@ from errors import InputError
 from scripts.ablate.checks import placebos
 from scripts.ablate.grid import Grid
 from scripts.ablate.plan import table
-from scripts.ablate.results import differences, to_csv
+from scripts.ablate.results import axis_columns, differences, to_csv
 from scripts.ablate.space import read_trials
 from scripts.ablate.space import summary as search_summary
 from training.durable import replace_atomically
@@ -39,7 +39,7 @@ def load_outcomes(grid: Grid, folder: Path) -> Outcomes:
         grid.question,
         grid.baseline,
         grid.arms,
-        tuple(grid.axes),
+        tuple(axis_columns(grid).values()),
         grid.metrics,
         rows,
         read_rows(folder / "curves.csv"),

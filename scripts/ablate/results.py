@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from errors import InputError, require
 from scripts.ablate.arm import evaluated_with, read_evaluation
 from scripts.ablate.grid import Cell, Grid
+from scripts.ablate.space import ANSWERS
 from training.checkpoint import Checkpointer
 from training.config import differing_keys, load_config
 from training.durable import replace_atomically
@@ -25,6 +26,12 @@ from training.receipt import read_receipt
 
 RECEIPT_METRICS = ("val_bits_per_byte", "val_loss", "unigram_bits_per_byte")
 CURVES = ("loss/lm", "val_loss", "val_bits_per_byte", "stp/raw", "stp/weight")
+# What has a column of these files without being an axis.
+COLUMNS = {
+    *("run_id", "arm", "seed", "config_sha256", "manifest_sha256", "git", "step", "tokens", "weights_sha256"),
+    *(*RECEIPT_METRICS, *CURVES, *ANSWERS, "answers_split", "answers_n", "answers_limit"),
+    *("seconds", "tokens_per_second", "training_flops_per_token", "starts"),
+}
 Row = dict[str, Any]
 
 
@@ -85,6 +92,18 @@ def stored_threads(grid: Grid) -> int | None:
     return found.pop() if found else None
 
 
+def axis_columns(grid: Grid) -> dict[str, str]:
+    """Axis -> its column: its short name, or the config's key where that is the name of something else (train.tokens:
+    runs end at the step that reaches the budget, so what they read is another number)."""
+    return {name: key if name in COLUMNS else name for name, key in grid.axes.items()}
+
+
+def _names(grid: Grid, cell: Cell) -> Row:
+    columns = axis_columns(grid)
+    point = {columns[name]: value for name, value in cell.point.items()}
+    return {"run_id": cell.run_id, "arm": cell.arm, **point, "seed": cell.seed}
+
+
 def result_rows(grid: Grid) -> list[Row]:
     """One row per run that is done."""
     rows = []
@@ -96,10 +115,7 @@ def result_rows(grid: Grid) -> list[Row]:
         metrics = receipt.get("metrics", {})
         rows.append(
             {
-                "run_id": cell.run_id,
-                "arm": cell.arm,
-                **cell.point,
-                "seed": cell.seed,
+                **_names(grid, cell),
                 "config_sha256": cell.sha256[:16],
                 "manifest_sha256": _short(receipt.get("data", {}).get("manifest_sha256")),
                 "git": _code(receipt),
@@ -123,10 +139,7 @@ def cost_rows(grid: Grid) -> list[Row]:
             flops = (receipt.get("model") or {}).get("training_flops_per_token")
             rows.append(
                 {
-                    "run_id": cell.run_id,
-                    "arm": cell.arm,
-                    **cell.point,
-                    "seed": cell.seed,
+                    **_names(grid, cell),
                     "seconds": seconds,
                     "tokens_per_second": speed,
                     "training_flops_per_token": flops,
@@ -144,8 +157,7 @@ def curve_rows(grid: Grid) -> list[Row]:
             for record in read_metrics(run_folder(grid, cell)):
                 values = {name: record.get(name) for name in CURVES}
                 if any(value is not None for value in values.values()):
-                    names = {"run_id": cell.run_id, "arm": cell.arm, **cell.point, "seed": cell.seed}
-                    rows.append({**names, "tokens": record.get("tokens"), **values})
+                    rows.append({**_names(grid, cell), "tokens": record.get("tokens"), **values})
     return rows
 
 
