@@ -10,8 +10,11 @@ import difflib
 import errno
 import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import TextIO
 
 # A disk that is full, read-only or not ours: nothing that a traceback explains better than a line.
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -95,10 +98,13 @@ def exit_with(main: Callable[[], int | None]) -> None:
         _say("interrupted")
         code = 130
     except OSError as error:
-        if error.errno not in STORAGE_ERRNOS:
+        if error.errno == errno.EPIPE and (_is_cut(sys.stdout) or _is_cut(sys.stderr)):
+            code = 128 + signal.SIGPIPE  # its reader has enough, such as `head`: the shell's code, and no word
+        elif error.errno in STORAGE_ERRNOS:
+            _say_of(error, f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+            code = StorageError.exit_code
+        else:
             raise
-        _say_of(error, f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
-        code = StorageError.exit_code
     if code == Stopped.exit_code and ("TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
         # torchrun takes any other code for a failure and starts the job again, srun for one that it has to end the
         # other ranks for; the receipt has the truth
@@ -106,7 +112,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a log on a full disk: the interpreter would try once more and make the code 120 of it
+        except OSError:  # a full disk, a cut pipe: the interpreter would try once more and make the code 120 of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
@@ -119,6 +125,16 @@ def _say_of(error: BaseException, line: str) -> None:
         _say(line)
     elif not getattr(error, "spoken", local != "0"):
         _say(f"rank {rank}: {line}")
+
+
+def _is_cut(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # no file behind it
+        return False
+    return bool(poll.poll(0))
 
 
 def _say(line: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from errors import InputError, exit_with, nearest
+from errors import InputError, exit_with, nearest, require_number
 from scripts.launch import slurm
 from scripts.launch.collect import print_collected, verify_run
 from scripts.launch.job import LOG, Job, local_processes, start_local, stop_local
@@ -117,6 +117,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
+    require_number("--lines", arguments.lines, 0)
     folder = _folder(arguments.run)
     path = folder / LOG
     if not path.is_file():

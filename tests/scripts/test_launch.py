@@ -95,6 +95,14 @@ def with_luck_gone(pid):
         os.kill(pid, signal.SIGKILL)
 
 
+def test_logs_shows_the_last_lines_and_refuses_a_number_below_zero(place):
+    folder = write_run(place / "runs" / "said", status="finished")
+    (folder / "output.log").write_text("one\ntwo\nthree\n")
+    assert launch("logs", "said") == launch("logs", "said", "-n", "0") == "one\ntwo\nthree\n"
+    assert launch("logs", "said", "-n", "2") == "two\nthree\n"
+    assert launch("logs", "said", "-n", "-3", code=2).startswith("--lines: expected a finite number at least 0")
+
+
 def test_a_start_that_fails_says_so_and_its_status_too(place):
     assert "stp.weight" in launch("start", "tiny.yaml", "stp.wieght=1", code=2)
     assert not (place / "runs").exists()
