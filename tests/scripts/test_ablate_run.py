@@ -54,7 +54,8 @@ with (folder / "count").open("a") as file:
     file.write("x")
 git = {"commit": "a" * 40, "dirty_sha256": os.environ.get("DIRTY")}
 tokens = 900 + len(folder.name) + int(folder.name[-1])  # budgets end with a step, so no two runs end at the same count
-(folder / "metrics.jsonl").write_text("".join(json.dumps({"tokens": n, "val_loss": 3.0}) + "\\n" for n in (9, tokens)))
+records = [{"step": step, "tokens": count, "val_loss": 3.0} for step, count in ((1, 9), (9, tokens))]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 receipt = {"status": "finished", "tokens": tokens, "step": 9, "metrics": {"val_bits_per_byte": 2.0}}
 receipt["starts"] = [{"git": git}]
 receipt["data"] = {"manifest_sha256": "d" * 64}
