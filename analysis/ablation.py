@@ -120,13 +120,13 @@ class Comparison:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV file; numbers become numbers, empty fields None. [] if there is no such file.
 
-    Hashes and commits stay text, whatever their digits look like.
+    Names (of arms and runs), hashes and commits stay text, whatever they look like.
     """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return [
-            {name: (text or None) if _is_hash(name) else _parsed(text) for name, text in row.items()}
+            {name: (text or None) if _is_text(name) else _parsed(text) for name, text in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -252,8 +252,8 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_hash(column: str) -> bool:
-    return column == "git" or column.endswith("sha256")
+def _is_text(column: str) -> bool:
+    return column in ("arm", "run_id", "git") or column.endswith("sha256")
 
 
 def _parsed(text: str | None) -> Any:

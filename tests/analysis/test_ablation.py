@@ -171,3 +171,14 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert rows[0] == {"run_id": "a", "x": 1, "y": 0.5, "git": "0123456", "weights_sha256": "12e4567890123456"}
     assert rows[1]["x"] is None and rows[1]["git"] is None
     assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_names_stay_names_whatever_they_look_like(tmp_path):
+    """An arm may be called by its weight: the grid knows it as text."""
+    arms = ("0.02", "0", "1e-3", "nan", "007")
+    lines = [f"{arm},{arm},{seed},{seed}" for arm in arms for seed in range(2)]
+    (tmp_path / "r.csv").write_text("\n".join(["run_id,arm,seed,exact", *lines]))
+    rows = read_rows(tmp_path / "r.csv")
+    assert [row["arm"] for row in rows[::2]] == [row["run_id"] for row in rows[::2]] == list(arms)
+    found = compare(outcomes(baseline="0", arms=arms, axes=(), rows=rows))
+    assert [(c.arm, c.result.n) for c in found] == [(arm, 2) for arm in arms if arm != "0"]
