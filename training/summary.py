@@ -93,8 +93,9 @@ def activation_bytes(config: RunConfig, model: HybridLM) -> int:
     rows = config.train.batch_rows // config.train.accumulation
     tokens = rows * config.data.sequence_length
     # a linear layer of n weights on d_model inputs keeps about n / d_model values a token, twice (input and output)
-    widths = parameter_counts(model)["active"] - model.embedding.weight.numel() - model.head.weight.numel()
-    per_token = (len(model.letters) + 2) * config.model.d_model * 4 + 2 * 4 * max(widths, 0) // config.model.d_model
+    vocabulary = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}  # tied: one
+    widths = parameter_counts(model)["active"] - sum(vocabulary.values())
+    per_token = (len(model.letters) + 2) * config.model.d_model * 4 + 2 * 4 * widths // config.model.d_model
     return tokens * per_token
 
 
