@@ -1,6 +1,5 @@
 """The runner with stand-ins for runs (fast), and a whole tiny grid that is killed and goes on (slow)."""
 
-import dataclasses
 import io
 import json
 import os
@@ -13,78 +12,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ablate_runs import GRID, ablate, make_grid, run, use_stand_ins
 from rich.console import Console
-from tiny_run import ROOT, make_place
+from tiny_run import ROOT
 
-from analysis.ablation_figures import curve_figure
 from errors import InputError
-from scripts.ablate import __main__ as command
 from scripts.ablate import runner, slurm
 from scripts.ablate.grid import load_grid
-from scripts.ablate.report import load_outcomes
-from scripts.ablate.results import (
-    COLUMNS,
-    axis_columns,
-    check_folder,
-    cost_rows,
-    curve_rows,
-    is_done,
-    result_rows,
-    run_folder,
-    write_results,
-)
+from scripts.ablate.results import check_folder, is_done, result_rows, run_folder, write_results
 from scripts.launch.job import Job
-
-GRID = {
-    "base": "tiny.yaml",
-    "overrides": {"train.tokens": 900, "stp.gate.start_tokens": 0, "stp.gate.ramp_tokens": 0},
-    "arms": {"none": {"stp.weight": 0}, "triple": {}, "placebo": {"stp.variant": "detached"}},
-    "seeds": [0, 1],
-    "checkpoints": "remove",
-}
-# What a run leaves behind, without the run. An arm whose name is in $FAIL fails; $SLEEP: seconds it takes.
-STAND_IN = """
-import json, os, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-time.sleep(float(os.environ.get("SLEEP", 0)))
-if folder.name.rsplit("-", 1)[0] == os.environ.get("FAIL"):
-    sys.exit("this arm is broken")
-with (folder / "count").open("a") as file:
-    file.write("x")
-git = {"commit": "a" * 40, "dirty_sha256": os.environ.get("DIRTY")}
-tokens = 900 + len(folder.name) + int(folder.name[-1])  # budgets end with a step, so no two runs end at the same count
-records = [{"step": step, "tokens": count, "val_loss": 3.0} for step, count in ((1, 9), (9, tokens))]
-(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
-receipt = {"status": "finished", "tokens": tokens, "step": 9, "metrics": {"val_bits_per_byte": 2.0}}
-receipt["starts"] = [{"git": git}]
-receipt["data"] = {"manifest_sha256": "d" * 64}
-(folder / "receipt.json").write_text(json.dumps(receipt))
-settings = {"answers": "none", "limit": None, "curvature_rows": 8}
-weights = os.environ.get("PLACEBO", "same") if folder.name.startswith("placebo") else "same"
-(folder / "evaluation.json").write_text(json.dumps({"settings": settings, "metrics": {"weights_sha256": weights}}))
-"""
 
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    make_place(tmp_path, monkeypatch)
-    (tmp_path / "g.yaml").write_text(yaml.safe_dump(GRID))
-    return load_grid("g.yaml")
+    return make_grid(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    def command(grid, cell):
-        return [sys.executable, "-c", STAND_IN, str(run_folder(grid, cell))]
-
-    monkeypatch.setattr(runner, "arm_command", command)
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
-
-
-def run(grid, jobs=3):
-    console = Console(record=True, width=200, file=io.StringIO())
-    return runner.run_local(grid, jobs, 1, console), console.export_text()
+    use_stand_ins(monkeypatch)
 
 
 def test_a_failed_arm_is_reported_and_the_rest_goes_on_and_a_restart_does_what_is_missing(grid, stand_in, monkeypatch):
@@ -102,12 +48,6 @@ def test_a_failed_arm_is_reported_and_the_rest_goes_on_and_a_restart_does_what_i
     assert outcome.done == 6 and not outcome.failed
     counts = {cell.run_id: (run_folder(grid, cell) / "count").read_text() for cell in grid.cells}
     assert set(counts.values()) == {"x"}  # nothing ran twice
-
-
-def ablate(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["scripts.ablate", "g.yaml", "--jobs=3", *arguments])
-    code = command.main()
-    return code, capsys.readouterr().out
 
 
 def test_a_placebo_that_differs_fails_the_command_and_its_report(grid, stand_in, monkeypatch, capsys):
@@ -137,29 +77,6 @@ def test_the_table_knows_the_code_and_pairs_of_different_data_are_refused(grid, 
     assert result_rows(grid)[-1]["git"] == "aaaaaaaaaaaa then cccccccccccc"
     with pytest.raises(InputError, match="none-s1 and triple-s1 are a pair but were trained on different data"):
         ablate(monkeypatch, capsys, "--report")
-
-
-def test_an_axis_of_budgets_has_points_and_pairs_though_runs_end_at_other_counts(grid, stand_in, monkeypatch, capsys):
-    """`tokens` is a column of the results already: the budget of the grid has its own, under the key of the config."""
-    Path("g.yaml").write_text(yaml.safe_dump({**GRID, "axes": {"train.tokens": [900, 1200]}}))
-    assert ablate(monkeypatch, capsys, "--filter", "tokens <= 1200")[0] == 0
-    grid = load_grid("g.yaml")
-    assert {(row["train.tokens"], row["tokens"]) for row in result_rows(grid)} > {(900, 918), (1200, 919)}
-    found = json.loads((grid.folder / "summary.json").read_text())["comparisons"]
-    assert [(c["arm"], c["where"], c["n"]) for c in found if c["kind"] == "point"] == [
-        (arm, f"train.tokens {budget}", 2) for budget in (900, 1200) for arm in ("placebo", "triple")
-    ]
-    assert {c["n"] for c in found if c["kind"] in ("mean", "contrast")} == {2}
-    figure = curve_figure(load_outcomes(grid, grid.folder), "held", "val_loss", "", "")
-    assert [view.name for view in figure.views] == ["train.tokens 900", "train.tokens 1200"]
-
-
-def test_every_column_of_the_results_is_known_to_axes(grid, stand_in):
-    run(grid)
-    written = {name for row in (*result_rows(grid), *cost_rows(grid), *curve_rows(grid)) for name in row}
-    assert {name for name in written if "/" not in name} <= COLUMNS  # no config key has a "/"
-    grid = dataclasses.replace(grid, axes={"tokens": "train.tokens", "n_spans": "stp.n_spans"})
-    assert axis_columns(grid) == {"tokens": "train.tokens", "n_spans": "n_spans"}
 
 
 def test_a_stop_ends_what_runs_starts_nothing_more_and_can_go_on(grid, stand_in, monkeypatch):
