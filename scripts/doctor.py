@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from errors import exit_with
-from training.config import RunConfig
-from training.environment import cpu_name
-from training.hardware import Machine
 
-BASE = ("torch", "numpy", "numba", "einops", "sentencepiece", "omegaconf", "safetensors", "scipy", "pyarrow", "plotly")
+# What training imports: without one of them nothing below the first table can be said.
+BASE = (
+    "torch",
+    "numpy",
+    "numba",
+    "einops",
+    "sentencepiece",
+    "omegaconf",
+    "safetensors",
+    "rich",
+    "filelock",
+    "psutil",
+)
 OPTIONAL = {
+    "scipy": "reports: intervals and tests",
+    "plotly": "reports: pages with figures",
+    "pyarrow": "parquet: documents and tables",
+    "optuna": "search of scripts.ablate",
     "wandb": "second metrics writer",
     "datasets": "data.source: huggingface",
     "transformers": "oracle tests, reports on foreign models",
@@ -28,30 +36,56 @@ OPTIONAL = {
     "mamba-ssm": "Mamba-2 kernels on a GPU",
     "causal-conv1d": "convolution kernel on a GPU",
 }
+FROM_SETUP = ("scipy", "plotly", "pyarrow", "optuna", "wandb")
 CUDA_ONLY = ("triton", "mamba-ssm", "causal-conv1d")
 
 
 def main() -> int:
+    has_gpu = _sees_gpu()
+    missing = [name for name in BASE if _version(name) is None]
+    rows = [("package", "version", "for", "state")]
+    for name in BASE:
+        rows.append((name, _version(name) or "-", "every run", "MISSING: make setup" if name in missing else "ok"))
+    for name, purpose in OPTIONAL.items():
+        rows.append((name, _version(name) or "-", purpose, _state(name, has_gpu)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # plain text: rich itself may be missing
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if missing:
+        print(f"no run can start here: {', '.join(missing)}")
+        return 1
+    _print_machine(has_gpu)
+    return 0
+
+
+def _print_machine(has_gpu: bool) -> None:
+    """What a run here uses; everything that training imports is there."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from training.config import RunConfig
+    from training.environment import cpu_name
+    from training.hardware import Machine
+
     console = Console()
-    has_gpu = torch.cuda.is_available()
     console.print(
         f"processor: {cpu_name()}; GPU: {torch.cuda.get_device_name() if has_gpu else 'none that torch sees'}"
     )
-
-    packages = Table("package", "version", "for", "state")
-    for name in BASE:
-        packages.add_row(name, _version(name) or "-", "every run", "ok" if _version(name) else "MISSING: make setup")
-    for name, purpose in OPTIONAL.items():
-        packages.add_row(name, _version(name) or "-", purpose, _state(name, has_gpu))
-    console.print(packages)
-
     machine = Machine.resolve(RunConfig())
     console.print(f"a run here uses: {machine.describe()}")
     kernels = Table("operation", "kernel that a run here uses")
     for operation, kernel in machine.kernels("AMER").items():
         kernels.add_row(operation, kernel)
     console.print(kernels)
-    return 0 if all(_version(name) for name in BASE) else 1
+
+
+def _sees_gpu() -> bool:
+    if _version("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _version(package: str) -> str | None:
@@ -63,6 +97,8 @@ def _version(package: str) -> str | None:
 
 def _state(package: str, has_gpu: bool) -> str:
     if _version(package) is None:
+        if package in FROM_SETUP:
+            return "not installed: make setup"
         return "not installed" + (": make setup-cuda" if package in CUDA_ONLY and has_gpu else "")
     if package not in CUDA_ONLY:
         return "ok"
