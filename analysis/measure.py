@@ -30,7 +30,7 @@ from analysis.forms import SharedTriples, draw_triples, stp_forms
 from analysis.metrics import CORPUS, LAGS, VARIANTS, bin_name, document_metrics
 from analysis.paths import Path, row_mean
 from analysis.positions import PositionMeans, centred_curvature
-from analysis.rounding import FLAG_ABOVE, rounding_bias, stored_precision
+from analysis.rounding import rounding_bias, stored_precision
 from analysis.tube import SPAN_BINS, Spans, draw_spans, tube
 
 # States of about this many bytes are worked on at a time: few for a cache, enough for operations that are not tiny.
@@ -91,10 +91,6 @@ class Measured:
         """Per boundary: 1 - cos that rounding alone gives a straight path there (see analysis.rounding)."""
         norms, steps = self.get("state_norm").value, self.get("step_norm").value
         return [rounding_bias(x, v, p) for x, v, p in zip(norms, steps, self.precision, strict=True)]
-
-    def rounding_flags(self) -> list[int | str]:
-        """Boundaries whose angles rounding would bias."""
-        return [b for b, bias in zip(self.boundaries, self.rounding(), strict=True) if bias > FLAG_ABOVE]
 
 
 class Measurement:

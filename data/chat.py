@@ -26,11 +26,6 @@ def as_document(key: str, messages: list[tuple[str, str]], split: str = "") -> D
     return Document(key, prompt + segments[-1].text, prompt, tuple(segments), split)
 
 
-def prompt_text(content: str) -> str:
-    """A user's message as it stands before its answer."""
-    return f"{content}\n"
-
-
 def read_chat(path: Path, split: str = "") -> Iterator[Document]:
     """The conversations of a .jsonl file. Raises InputError naming file and line."""
     try:

@@ -110,9 +110,6 @@ class TokenGate:
         """The STP weight of the step that starts after consumed_tokens."""
         return self.full_weight * self.fraction(consumed_tokens)
 
-    def is_open(self, consumed_tokens: int) -> bool:
-        return self.fraction(consumed_tokens) > 0.0
-
     def opens_at_step(self, tokens_per_step: float) -> int:
         """The 0-based step that the gate opens at for a steady number of loss-bearing tokens per step: a preview."""
         return math.ceil(self.opens_at_token / tokens_per_step)

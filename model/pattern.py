@@ -15,8 +15,6 @@ from errors import InputError, nearest
 FINAL = "final"
 # What a boundary selection may say, for error messages.
 SELECTIONS = "all, last, final, changes, family:X, entering:X, or a list of these and of boundary indices"
-# Letters of Megatron's hybrid layer patterns that differ from ours.
-MEGATRON_LETTERS = {"A": "*", "M": "M", "E": "E"}
 
 
 @dataclass(frozen=True)
@@ -140,23 +138,3 @@ def _family_letter(name: str, letters: Sequence[str], where: str) -> str:
 
 def _spell(entries: list[Any]) -> str:
     return "an empty list" if not entries else ", ".join(repr(entry) for entry in entries)
-
-
-def to_megatron(letters: Sequence[str], key: str = "model.pattern") -> str:
-    """Our letters as a Megatron hybrid layer pattern (A -> *). Raises InputError for R, which Megatron lacks."""
-    for position, letter in enumerate(letters, start=1):
-        if letter not in MEGATRON_LETTERS:
-            raise InputError(
-                f"{key}: {letter!r} at position {position} has no counterpart in Megatron (it has *, M, E)"
-            )
-    return "".join(MEGATRON_LETTERS[letter] for letter in letters)
-
-
-def from_megatron(text: str, key: str = "model.pattern") -> str:
-    """A Megatron hybrid layer pattern as our letters (* -> A). Raises InputError for what we lack, such as -."""
-    ours = {theirs: letter for letter, theirs in MEGATRON_LETTERS.items()}
-    for position, symbol in enumerate(text, start=1):
-        if symbol not in ours:
-            hint = " (a dense layer: E with n_experts: 1)" if symbol == "-" else ""
-            raise InputError(f"{key}: {symbol!r} at position {position} has no counterpart here{hint}; known: *, M, E")
-    return "".join(ours[symbol] for symbol in text)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -110,14 +108,6 @@ def gemm_gflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, 
             _synchronize(device)
             times.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(times) / 1e9
-
-
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """The most that this process has held: of the GPU's memory if the device is one, else of main memory."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_growth(work: Callable[[], object]) -> int:

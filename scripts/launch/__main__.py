@@ -169,7 +169,7 @@ def collect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"receipt": receipt, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
-        print_collected(folder, receipt, checks, Console(highlight=False))
+        print_collected(receipt, checks, Console(highlight=False))
         if found.is_alive:
             print(f"still {found.state}: this is what there is so far")
         verdict = f"{len(wrong)} of {len(checks)} do not match" if wrong else "everything that was checked matches"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data.prepared import MANIFEST, verify
 from errors import InputError
-from training.checkpoint import NAME
+from training.checkpoint_folder import NAME
 from training.config import config_sha256
 from training.durable import sha256_file
 from training.environment import git_state
@@ -123,7 +123,7 @@ def _compare(what: str, found: str, expected: Any) -> Check:
     return Check(what, False, f"sha256 {found[:12]}, the receipt says {said}")
 
 
-def print_collected(folder: Path, receipt: dict[str, Any], checks: list[Check], console: Console) -> None:
+def print_collected(receipt: dict[str, Any], checks: list[Check], console: Console) -> None:
     table = Table(title=f"receipt of {receipt.get('run_id')}", show_header=False)
     git, stp, proof = receipt.get("git") or {}, receipt.get("stp") or {}, receipt.get("preflight") or {}
     here = git_state()

@@ -12,7 +12,6 @@ def test_hard_switch_opens_at_exactly_n_on():
     gate = TokenGate(GateConfig(start_tokens=1000), 0.05)
     assert [gate.weight(n) for n in (0, 999, 1000, 1001)] == [0.0, 0.0, 0.05, 0.05]
     assert gate.opens_at_token == 1000 and gate.full_at_token == 1000
-    assert [gate.is_open(n) for n in (999, 1000)] == [False, True]
 
 
 def test_ramp():
@@ -21,14 +20,14 @@ def test_ramp():
     assert gate.weight(1200) == 0.01
     # Open means the first non-zero weight, which is one token later than N_on.
     assert gate.opens_at_token == 1001
-    assert not gate.is_open(1000) and gate.is_open(1001) and gate.weight(1001) > 0
+    assert gate.weight(1000) == 0 < gate.weight(1001)
 
 
 @given(st.integers(0, 10**12), st.integers(0, 10**9), st.integers(0, 10**12), st.integers(0, 10**9))
 def test_monotone_bounded_and_opening_where_it_says(start, ramp, n, more):
     gate = TokenGate(GateConfig(start_tokens=start, ramp_tokens=ramp))
     assert 0.0 <= gate.fraction(n) <= gate.fraction(n + more) <= 1.0
-    assert gate.is_open(n) == (n >= gate.opens_at_token)
+    assert (gate.fraction(n) > 0) == (n >= gate.opens_at_token)
     assert (gate.fraction(n) == 1.0) == (n >= gate.full_at_token)
 
 

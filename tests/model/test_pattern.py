@@ -8,10 +8,8 @@ from errors import InputError
 from model.pattern import (
     boundary_families,
     family_of,
-    from_megatron,
     parse_pattern,
     select_boundaries,
-    to_megatron,
 )
 
 
@@ -133,11 +131,3 @@ def test_bad_selections(names, letters, words):
     with pytest.raises(InputError, match=words) as error:
         select_boundaries(names, letters)
     assert str(error.value).startswith("stp.boundaries: ") and "\n" not in str(error.value)
-
-
-def test_megatron_patterns():
-    assert to_megatron("AEMEM") == "*EMEM" and from_megatron("*EMEM") == "AEMEM"
-    with pytest.raises(InputError, match="'R' at position 2"):
-        to_megatron("AR")
-    with pytest.raises(InputError, match=r"'-' at position 2 .*dense"):
-        from_megatron("M-M")
