@@ -1,7 +1,7 @@
 """Runs a grid of paired experiments and compares its arms: python -m scripts.ablate configs/ablations/X.yaml
 
     --dry-run       the plan, what differs between arms and what it costs; starts nothing
-    --jobs N        runs side by side (default: one per core), cores divided among them
+    --jobs N        runs side by side (default: one per GPU, without any one per core), cores divided among them
     --filter EXPR   only some runs, e.g. 'arm in ["none", "triple"] and seed < 2'; may be given several times
     --launcher slurm  submits one job per run instead
     --report [FOLDER] only compares and writes the page, from the CSV files of FOLDER (default: the grid's)
@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from errors import InputError, exit_with, require_number
+from scripts.ablate.gpus import placement, visible_gpus
 from scripts.ablate.grid import Grid, load_grid
 from scripts.ablate.plan import print_plan, store_plan
 from scripts.ablate.report import report
@@ -27,6 +28,7 @@ from scripts.ablate.runner import only_one, run_local
 from scripts.ablate.search import run_search, stored_trials
 from scripts.ablate.slurm import submit_all
 from scripts.ablate.space import read_trials, summary
+from training.environment import cores
 
 
 def main() -> int:
@@ -47,8 +49,9 @@ def main() -> int:
         require_number("--jobs", arguments.jobs, 1)
     if arguments.sbatch and arguments.launcher != "slurm":
         raise InputError("--sbatch: needs --launcher slurm")
-    jobs = arguments.jobs or os.cpu_count() or 1
     grid = load_grid(arguments.grid)
+    gpus = visible_gpus(grid) if arguments.launcher == "local" else ()
+    jobs = arguments.jobs or len(gpus) or cores()
     folder = Path(arguments.report or grid.folder)
     if grid.search is not None:
         for option, given in (("--filter", arguments.filter), ("--launcher slurm", arguments.launcher == "slurm")):
@@ -65,7 +68,8 @@ def main() -> int:
     grid = with_threads(grid, arguments.grid, jobs)
     check_folder(grid)
     chosen = grid.select(arguments.filter)
-    print_plan(chosen, jobs, console)
+    where = placement(gpus, jobs) if arguments.launcher == "local" else "where Slurm puts it"
+    print_plan(chosen, jobs if arguments.launcher == "local" else None, where, console)
     if grid.search is not None:
         console.print(f"search: {grid.search}. {summary(grid.search, stored_trials(grid))}", markup=False)
     if arguments.dry_run:
@@ -96,7 +100,7 @@ def with_threads(grid: Grid, path: str, jobs: int) -> Grid:
     """The grid with the threads of each run: the config's own, or those of the runs that are there, or a share."""
     if any(cell.config.threads is not None for cell in grid.cells):
         return grid
-    threads = stored_threads(grid) or max(1, (os.cpu_count() or 1) // jobs)
+    threads = stored_threads(grid) or max(1, cores() // jobs)
     return load_grid(path, threads, stored_trials(grid) if grid.search is not None else ())
 
 

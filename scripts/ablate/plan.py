@@ -17,7 +17,8 @@ from training.receipt import read_receipt
 from training.summary import meta_model
 
 
-def print_plan(grid: Grid, jobs: int, console: Console) -> None:
+def print_plan(grid: Grid, jobs: int | None, where: str, console: Console) -> None:
+    """jobs: side by side; None: not ours to say. where: what they run on."""
     if grid.question:
         console.print(grid.question, markup=False)
     console.print(table("what differs between arms", differences(grid)))
@@ -26,14 +27,16 @@ def print_plan(grid: Grid, jobs: int, console: Console) -> None:
     seeds = sorted({cell.seed for cell in grid.cells})
     threads = grid.cells[0].config.threads
     axes = f" x {points} points of {', '.join(grid.axes)}" if grid.axes else ""
+    at_a_time = f"{jobs} at a time" if jobs else "one job per run"
     console.print(
         f"{len(grid.cells)} runs: {len({c.arm for c in grid.cells})} arms{axes} x seeds {seeds}; {done} done already; "
-        f"{jobs} at a time with {threads} thread{'s' if threads != 1 else ''} each; baseline {grid.baseline}",
+        f"{at_a_time} with {threads} thread{'s' if threads != 1 else ''} each, {where}; baseline {grid.baseline}",
         markup=False,
     )
     tokens, flops, seconds = cost(grid)
+    left = max(len(grid.cells) - done, 1)
     expected = (
-        f"training takes about {clock(seconds / min(jobs, max(len(grid.cells) - done, 1)))} (min:s) at the speed so far"
+        f"training takes about {clock(seconds / min(jobs or left, left))} (min:s) at the speed so far"
         if seconds is not None
         else "time not known before the first run is done"
     )

@@ -24,6 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from errors import InputError
+from scripts.ablate.gpus import least_used, visible_gpus
 from scripts.ablate.grid import Cell, Grid
 from scripts.ablate.results import is_done, run_folder, write_results
 from training.durable import replace_atomically
@@ -40,6 +41,7 @@ class Active:
     cell: Cell
     process: subprocess.Popen[bytes]
     started: float
+    gpu: str | None
     # signals that were passed on
     sent: int = 0
 
@@ -69,14 +71,16 @@ def prepare_folder(grid: Grid, cell: Cell) -> Path:
     return folder
 
 
-def environment(grid: Grid, threads: int | None) -> dict[str, str]:
-    """For a run's process. Runs of a grid are one group where wandb is on."""
+def environment(grid: Grid, threads: int | None, gpu: str | None = None) -> dict[str, str]:
+    """For a run's process. Runs of a grid are one group where wandb is on. gpu: the only one that it sees."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {"PYTHONPATH": os.pathsep.join(paths), "WANDB_RUN_GROUP": grid.name, "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **changed, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    changed |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    changed |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
+    return {**os.environ, **changed}
 
 
-def start(grid: Grid, cell: Cell, threads: int | None) -> Active:
+def start(grid: Grid, cell: Cell, threads: int | None, gpu: str | None) -> Active:
     folder = prepare_folder(grid, cell)
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
@@ -86,9 +90,9 @@ def start(grid: Grid, cell: Cell, threads: int | None) -> Active:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C is ours to pass on
             preexec_fn=_die_with_parent,
-            env=environment(grid, threads),
+            env=environment(grid, threads, gpu),
         )
-    return Active(cell, process, time.monotonic())
+    return Active(cell, process, time.monotonic(), gpu)
 
 
 def _die_with_parent() -> None:
@@ -116,11 +120,12 @@ def run_local(
 ) -> Outcome:
     """Runs what is missing of `cells` (default: all). A run that fails is reported and the others go on.
 
-    Result files are those of the whole grid at every moment.
+    Where there are GPUs, each run has the least used. Result files are those of the whole grid at every moment.
     """
     cells = grid.cells if cells is None else cells
     waiting = [cell for cell in cells if not is_done(grid, cell)]
     total = len(waiting)
+    gpus = visible_gpus(grid)
     told: set[str] = set()
     active: list[Active] = []
     failed: dict[str, str] = {}
@@ -139,7 +144,8 @@ def run_local(
                     break
                 waiting.remove(free)
                 if not is_done(grid, free):
-                    active.append(start(grid, free, threads))
+                    mine = gpus if free.config.device != "cpu" else ()
+                    active.append(start(grid, free, threads, least_used(mine, (job.gpu for job in active))))
             if waiting and not active and not asked:
                 _tell_owned(console, grid, waiting, failed, told)
             time.sleep(POLL_SECONDS)

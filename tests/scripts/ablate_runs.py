@@ -51,10 +51,11 @@ def make_grid(tmp_path, monkeypatch):
     return load_grid("g.yaml")
 
 
-def use_stand_ins(monkeypatch):
-    """Runs are STAND_IN from now on."""
+def use_stand_ins(monkeypatch, before="", after=""):
+    """Runs are STAND_IN from now on, with more code around it."""
+
     def arm_command(grid, cell):
-        return [sys.executable, "-c", STAND_IN, str(run_folder(grid, cell))]
+        return [sys.executable, "-c", before + STAND_IN + after, str(run_folder(grid, cell))]
 
     monkeypatch.setattr(runner, "arm_command", arm_command)
 
@@ -64,9 +65,9 @@ def run(grid, jobs=3):
     return runner.run_local(grid, jobs, 1, console), console.export_text()
 
 
-def ablate(monkeypatch, capsys, *arguments):
-    """Exit code and output of the command; --jobs 3 unless given."""
-    jobs = [] if any(word.startswith("--jobs") for word in arguments) else ["--jobs=3"]
-    monkeypatch.setattr(sys, "argv", ["scripts.ablate", "g.yaml", *jobs, *arguments])
+def ablate(monkeypatch, capsys, *arguments, jobs=3):
+    """Exit code and output of the command. jobs None: its default."""
+    given = [] if jobs is None else [f"--jobs={jobs}"]
+    monkeypatch.setattr(sys, "argv", ["scripts.ablate", "g.yaml", *given, *arguments])
     code = command.main()
     return code, capsys.readouterr().out
