@@ -1,13 +1,15 @@
 """Committed results: every number of the document comes from the committed CSV files."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis.ablation import compare
 from analysis.ablation_svg import paired_svg
 from analysis.ablation_text import markdown
-from scripts.ablate.grid import load_grid
+from scripts.ablate.grid import KEYS, load_grid
 from scripts.ablate.report import BEGIN, END, load_outcomes, with_results
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,20 @@ def test_committed_tables_are_those_of_the_committed_rows(monkeypatch, grid, nam
     document = folder.with_suffix(".md")
     if document.is_file():
         assert with_results(document.read_text(), text) == document.read_text()
+
+
+def test_the_examples_of_the_document_are_grids_that_load(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    document = Path("docs/ablations.md").read_text()
+    fences = re.findall(r"^```yaml\n(.*?)^```", document, flags=re.M | re.S)
+    assert len(fences) == 2
+    for number, text in enumerate(fences):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text if "base:" in text else f"base: configs/demo.yaml\n{text}")  # the second is a part of one
+        grid = load_grid(path)
+        assert len(grid.cells) > 1 and set(yaml.safe_load(text)) <= set(KEYS)
+    commands = re.findall(r"scripts\.ablate (configs/\S+\.yaml).* --filter '(.+)'", document)
+    assert commands and all(load_grid(path).select([text]).cells for path, text in commands)
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
