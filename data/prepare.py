@@ -30,7 +30,7 @@ from data.shards import bin_path, idx_path
 from data.split import TEST, TRAIN, VALIDATION, Survey, sample, survey
 from data.split_writer import SplitWriter, sync_folder
 from data.tokenizer import Tokenizer, recorded_sha256, train_tokenizer
-from data.workers import Workers
+from data.workers import Workers, cores
 from errors import InputError
 
 # (stage, done, total): called often; total 0 = unknown.
@@ -79,7 +79,7 @@ def prepare(
             _keep_parts(temporary)  # of a killed process: the lock is ours
             temporary.mkdir(exist_ok=True)
             try:
-                _write(config, temporary, _Manner(progress or _silent, workers or _cores(), shard_tokens, part_bytes))
+                _write(config, temporary, _Manner(progress or _silent, workers or cores(), shard_tokens, part_bytes))
                 sync_folder(temporary)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
@@ -263,10 +263,6 @@ def _keep_parts(folder: Path) -> None:
             path.unlink()
     for path in (folder / PARTS).glob(".*.tmp"):
         path.unlink(missing_ok=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ from data.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[1]
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Workers:
     """A context manager. finished_bytes: of text in the parts that are done."""
 

@@ -74,3 +74,10 @@ def test_the_cpu_path_loads_no_optional_package():
 
 def test_train_py_fits_in_one_sitting():
     assert len((ROOT / "train.py").read_text().splitlines()) < 250
+
+
+def test_cores_are_asked_for_in_one_place():
+    """Those that this process may use (an affinity, a Slurm step), not those that the machine has."""
+    paths = [ROOT / "train.py", *(path for package in ARROWS for path in files(package))]
+    asked = {path.name for path in paths if any(w in path.read_text() for w in ("cpu_count", "sched_getaffinity"))}
+    assert asked == {"workers.py"}

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from data.workers import cores
+
 PACKAGES = ("numpy", "numba", "sentencepiece", "safetensors", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -64,11 +66,6 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git(folder: str | Path, *arguments: str) -> bytes | None:

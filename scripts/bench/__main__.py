@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.workers import cores
 from errors import exit_with, require_choice
 from scripts.peers import interpreter
 
@@ -43,7 +44,7 @@ def run_group(name: str) -> None:
     """Inside the group's own process: all cores for torch and for Numba, rows as JSON lines on stdout."""
     from training.machine import configure_threads
 
-    configure_threads(os.cpu_count())
+    configure_threads(cores())
     importlib.import_module(f"scripts.bench.{name}").main()
 
 
@@ -51,7 +52,7 @@ def rows_of(name: str) -> Iterator[dict[str, Any]]:
     environment = GROUPS[name]
     python = sys.executable if environment is None else str(interpreter(environment))
     command = [python, "-W", "ignore", "-m", "scripts.bench", "--group", name]
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(cores()), "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

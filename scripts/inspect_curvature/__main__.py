@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ from analysis.inspection import Inspection
 from analysis.measure import MeasureSettings
 from analysis.report.page import write_page
 from analysis.tables import as_json, write_csv, write_parquet
+from data.workers import cores
 from errors import InputError, exit_with, require_number
 from scripts.inspect_curvature.job import Job, check_comparable, run
 from scripts.inspect_curvature.native import before_training, load_subject, open_run, untrained_twin
@@ -34,7 +34,7 @@ from training.metrics import read_metrics
 def main() -> int:
     arguments = _parse()
     started = time.monotonic()
-    configure_threads(arguments.threads or max(1, (os.cpu_count() or 2) // 2))
+    configure_threads(arguments.threads or max(1, cores() // 2))
     device = resolve_device(arguments.device)
     job, folder = _hf_job(arguments, device) if arguments.hf else _run_job(arguments, device)
     with show_stages() as stage:
