@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from analysis.families import FAMILY_NAMES
+
 FAMILY_COLOURS = {
     "embedding": "#8c8c8c",
     "A": "#d1495b",
@@ -13,7 +15,6 @@ FAMILY_COLOURS = {
     "R": "#3d8361",
     "final": "#6c4ab6",
 }
-FAMILY_NAMES = {"A": "A attention", "M": "M Mamba-2", "E": "E experts", "R": "R M2RNN"}
 PANELS = (
     "cross-entropy, nats per token",
     "raw STP by family (random walk 1.0, i.i.d. 1.5)",

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 
 from analysis.accumulate import Curve
 
+# For people. Other models have an F and other recurrences too (see analysis.hf_models).
+FAMILY_NAMES = {
+    "embedding": "embedding",
+    "A": "A attention",
+    "M": "M Mamba",
+    "E": "E experts",
+    "R": "R recurrent",
+    "F": "F feed-forward",
+    "final": "final norm",
+}
+
 
 @dataclass(frozen=True)
 class FamilyChange:

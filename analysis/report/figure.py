@@ -10,20 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.accumulate import Curve, FloatArray
+from analysis.families import FAMILY_NAMES
 from analysis.inspection import About
 
 Trace = dict[str, Any]
 # More boundaries than this: not every one has a label.
 MAX_TICKS = 32
-FAMILY_NAMES = {
-    "embedding": "embedding",
-    "A": "A attention",
-    "M": "M Mamba",
-    "E": "E experts",
-    "R": "R recurrent",
-    "F": "F feed-forward",
-    "final": "final norm",
-}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from analysis.families import FAMILY_NAMES
 from training.plan import GIB, Estimate, Plan
-
-FAMILY_NAMES = {"A": "A attention", "M": "M Mamba-2", "E": "E experts", "R": "R M2RNN"}
 
 
 def show(plan: Plan, console: Console) -> None:
