@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 # The one key of `data` that does not change what is stored, only how it is cut.
 ROWS = "data.sequence_length"
+# Letters of a run_id (training/config.py).
+LONGEST = 128
 
 
 def check_run_ids(grid: Grid) -> None:
     """Every run has a folder of its own: what a folder's name cannot hold is "_" there, whatever it was."""
     seen: dict[str, Cell] = {}
     for cell in grid.cells:
+        n = len(cell.run_id)
+        require(n <= LONGEST, f"{grid.path}: run {cell.run_id}", f"{n} letters are too many for a folder of {LONGEST}")
         other = seen.setdefault(cell.run_id, cell)
         both = " and ".join(
             f"arm {one.arm}" + (f" at {', '.join(f'{k} {v}' for k, v in one.point.items())}" if one.point else "")

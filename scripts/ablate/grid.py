@@ -13,10 +13,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from errors import InputError, nearest, require, require_choice, require_number
+from errors import InputError, nearest, require, require_choice
 from scripts.ablate.checks import check_different, check_pairs, check_run_ids
 from scripts.ablate.expression import Expression
-from scripts.ablate.space import Search, Trial, read_search
+from scripts.ablate.space import Search, Trial, read_search, require_whole
 from training.config import RunConfig, load_config
 
 GRIDS = Path("ablations")
@@ -136,16 +136,11 @@ def load_grid(
         arms[trial.name] = dict(trial.values)
     for arm in arms:
         require(bool(re.fullmatch(NAME, arm)), f"{path}: arms", f"expected a plain name, got {arm!r}")
-    baseline = str(content.get("baseline") or next(iter(arms)))
+    baseline = str(next(iter(arms)) if content.get("baseline") is None else content["baseline"])
     require_choice(f"{path}: baseline", baseline, arms)
     seeds = list(content["seeds"])
     for seed in seeds:
-        require(
-            isinstance(seed, int) and not isinstance(seed, bool),
-            f"{path}: seeds",
-            f"expected whole numbers, got {seed!r}",
-        )
-        require_number(f"{path}: seeds", seed, 0)
+        require_whole(f"{path}: seeds", seed, 0)
     require(len(set(seeds)) == len(seeds), f"{path}: seeds", f"one is given twice in {seeds}")
     axes = _axes(content.get("axes") or {}, path)
     keep = [Expression(text, f"{path}: filters") for text in content.get("filters") or []]
@@ -169,7 +164,7 @@ def load_grid(
         {name: key for name, (key, _) in axes.items()},
         evaluate,
         metrics,
-        str(content.get("checkpoints") or "keep"),
+        str("keep" if content.get("checkpoints") is None else content["checkpoints"]),
         tuple(cells),
         search,
     )
@@ -203,6 +198,9 @@ def _read(path: Path) -> dict[str, Any]:
     for key in ("overrides", "axes", "evaluate", "metrics", "search"):
         value = content.get(key)
         require(value is None or isinstance(value, dict), f"{path}: {key}", f"expected keys and values, got {value!r}")
+    filters = content.get("filters")
+    fine = filters is None or (isinstance(filters, list) and all(isinstance(text, str) for text in filters))
+    require(fine, f"{path}: filters", f"expected a list of expressions, got {filters!r}")
     for arm, values in content["arms"].items():
         fine = values is None or isinstance(values, dict)
         require(fine, f"{path}: arm {arm}", f"expected dotted overrides (key: value), got {values!r}")
@@ -279,10 +277,10 @@ def _evaluation(given: Mapping[str, Any], path: Path) -> Evaluation:
     for key in given:
         require_choice(f"{path}: evaluate", str(key), known)
     evaluation = Evaluation(**{str(key): value for key, value in given.items()})
-    require_choice(f"{path}: evaluate.answers", evaluation.answers, ["none", "validation", "test", "train"])
+    require_choice(f"{path}: evaluate.answers", str(evaluation.answers), ["none", "validation", "test", "train"])
     if evaluation.limit is not None:
-        require_number(f"{path}: evaluate.limit", evaluation.limit, 1)
-    require_number(f"{path}: evaluate.curvature_rows", evaluation.curvature_rows, 0)
+        require_whole(f"{path}: evaluate.limit", evaluation.limit, 1)
+    require_whole(f"{path}: evaluate.curvature_rows", evaluation.curvature_rows, 0)
     return evaluation
 
 

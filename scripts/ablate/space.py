@@ -111,11 +111,15 @@ def read_search(
     require(isinstance(ranges, dict) and bool(ranges), f"{where}.ranges", "expected keys, each with low and high")
     for name, least in (("trials", 1), ("together", 1), ("seed", 0)):
         value = given.get(name, {"together": 1, "seed": 0}.get(name))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole, f"{where}.{name}", f"expected a whole number, got {value!r}")
-        require_number(f"{where}.{name}", value, least)
+        require_whole(f"{where}.{name}", value, least)
     found = tuple(_range(f"{where}.ranges.{key}", str(key), about, config_of) for key, about in ranges.items())
     return Search(found, given["trials"], given.get("together", 1), given.get("seed", 0), metric, direction)
+
+
+def require_whole(key: str, value: Any, least: int) -> None:
+    """Raises InputError unless it is a whole number, and no less."""
+    require(isinstance(value, int) and not isinstance(value, bool), key, f"expected a whole number, got {value!r}")
+    require_number(key, value, least)
 
 
 def _range(where: str, key: str, given: Any, config_of: ConfigOf) -> Range:

@@ -60,6 +60,10 @@ def test_arms_whose_names_differ_by_a_dash_have_folders_of_their_own(place):
     assert [cell.run_id for cell in grid.cells[:2]] == ["no-stp-s0", "no_stp-s0"]
 
 
+def test_an_arm_that_is_called_nought_can_be_the_baseline(place):
+    assert load_grid(write(place, arms={"x": {"stp.weight": 0}, 0: {}}, baseline=0)).baseline == "0"
+
+
 def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
     rows = differences(load_grid(write(place)))
     assert rows == [
@@ -113,13 +117,29 @@ def test_what_differs_is_what_the_arms_change_and_nothing_else(place):
         ({"baseline": "nonne"}, "unknown value 'nonne' .did you mean 'none'"),
         ({"seeds": []}, "seeds is missing"),
         ({"seeds": [0, 0]}, "one is given twice"),
-        ({"seeds": [True]}, "expected whole numbers"),
+        ({"seeds": [True]}, "seeds: expected a whole number, got True"),
+        ({"seeds": ["a"]}, "seeds: expected a whole number, got 'a'"),
         ({"seeds": [-1]}, "expected a finite number at least 0"),
         ({"axes": {"stp.n_spans": 3}}, "expected a list of values"),
         ({"axes": {"stp.n_spans": [3, 3]}}, "a value is given twice"),
         ({"axes": {"train.seed": [3]}}, "the name seed is taken"),
         ({"evaluate": {"answers": "tets"}}, "evaluate.answers: unknown value 'tets'"),
         ({"evaluate": {"anwsers": "test"}}, "unknown value 'anwsers' .did you mean 'answers'"),
+        ({"evaluate": {"answers": False}}, "evaluate.answers: unknown value 'False'"),
+        ({"evaluate": {"answers": None}}, "evaluate.answers: unknown value 'None'"),
+        ({"evaluate": {"limit": "abc"}}, "evaluate.limit: expected a whole number, got 'abc'"),
+        ({"evaluate": {"limit": 2.5}}, "evaluate.limit: expected a whole number, got 2.5"),
+        ({"evaluate": {"curvature_rows": None}}, "evaluate.curvature_rows: expected a whole number, got None"),
+        ({"evaluate": {"curvature_rows": 2.5}}, "evaluate.curvature_rows: expected a whole number, got 2.5"),
+        ({"evaluate": {"curvature_rows": True}}, "evaluate.curvature_rows: expected a whole number, got True"),
+        ({"filters": 3}, "filters: expected a list of expressions, got 3"),
+        ({"filters": [3]}, r"filters: expected a list of expressions, got \[3\]"),
+        ({"filters": "seed < 2"}, "filters: expected a list of expressions, got 'seed < 2'"),
+        ({"filters": {"arm": 1}}, "filters: expected a list of expressions"),
+        # nothing, to Python, and an answer, to whoever wrote it
+        ({"checkpoints": False}, "checkpoints: unknown value 'False'"),
+        ({"baseline": 0}, "baseline: unknown value '0'"),
+        ({"arms": {"x" * 64: {}}, "axes": {"data.path": ["p" * 80]}, "baseline": None}, "x-path=p.*: 153 letters are"),
         ({"metrics": {"x": "up"}}, "metrics.x: unknown value 'up'"),
         ({"checkpoints": "none"}, "checkpoints: unknown value"),
         ({"base": "tinny.yaml"}, "arm none: tinny.yaml: no such config file .did you mean 'tiny.yaml'"),
