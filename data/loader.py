@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,8 @@ class Prefetcher(Generic[T]):
         self.next_step = start
         self.stop = stop
         self._fetch = fetch
-        self._pin_memory = pin_memory
+        # a new thread would pin for the first GPU, and take up room there
+        self._device = torch.cuda.current_device() if pin_memory else None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name="prefetch", daemon=True)
@@ -67,10 +70,12 @@ class Prefetcher(Generic[T]):
         self.close()
 
     def _work(self, step: int) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
         while not self._closing.is_set() and (self.stop is None or step < self.stop):
             try:
                 item: Any = self._fetch(step)
-                if self._pin_memory:
+                if self._device is not None:
                     item = [x.pin_memory() for x in item] if isinstance(item, list) else item.pin_memory()
             except BaseException as error:  # handed to the thread that asks for this step
                 item = _Failure(error)

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from errors import InputError, exit_with
-from training.checkpoint import load_state, step_of
+from training.checkpoint_folder import load_state, step_of
 from training.config import load_config
 from training.durable import sha256_file
 from training.manifest import MANIFEST

@@ -13,26 +13,28 @@ save removes. Nothing is unpickled, ever.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from errors import InputError, require_choice, require_number
+from errors import require_choice, require_number
+from training.checkpoint_folder import NAME, load_checkpoint, order_of, spell, unreadable
 from training.distributed import World
 from training.durable import canonical_json, fsync_path, write_durably
-from training.manifest import damages, read_manifest, write_manifest
-from training.tensor_store import Tree, flatten, open_shards, read_tensors, require_stored, snapshot, write_tensors
+from training.manifest import damages, entries, write_manifest
+from training.tensor_store import Tree, flatten, shard_prefix, snapshot, write_tensors
 
-NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 TEMPORARY = ".saving-"
 DELETING = ".deleting-"
+# How long the ranks wait for each other in a save: a disk may be slow without anybody being dead.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass
@@ -81,10 +83,12 @@ class Checkpointer:
         self.config = config or CheckpointConfig()
         self.message = message
         self.world = world or World.alone()
-        self._group = self.world.side_group()  # the writing thread talks beside the training one
+        self._group = self.world.side_group(PATIENCE)  # the writing thread talks beside the training one
+        self._group_failed = False
         # Finished saves of this process whose folders are still there, oldest first.
         self.saved: list[Saved] = []
         self._known_damaged: set[Path] = set()
+        self._known_sound: set[Path] = set()
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._cleaned = False
@@ -101,7 +105,9 @@ class Checkpointer:
         state that is not JSON-able or a leaf that is no tensor, before writing.
         """
         earlier = self.wait()
-        if self.saved and self.saved[-1].step == step and self._together(self.saved[-1].path.is_dir):
+        if self.world.any(self._group_failed):
+            self._group, self._group_failed = self.world.side_group(PATIENCE), False
+        if not self.world.any(not self._has(step)):
             return earlier  # the cadence and a stop may meet at the same step
         data = canonical_json({"step": step, "state": state})
         state = json.loads(data)["state"]  # a copy that the caller cannot change under the writing thread
@@ -125,78 +131,96 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def latest_valid(self) -> Path | None:
-        """The newest checkpoint whose every byte is what its manifest says; skipped ones are named by `message`."""
-        found = self.world.from_main(self._latest_valid)
-        return None if found is None else Path(found)
+        """The newest checkpoint whose every byte is what its manifest says; skipped ones are named by `message`.
 
-    def _latest_valid(self) -> str | None:
-        for path in self.paths():
-            problems = damages(path) or _unreadable(path)
+        All ranks ask together and share the reading of bytes for their hashes.
+        """
+        for name in self.world.from_main(lambda: [str(path) for path in self.paths()]):
+            path = Path(name)
+            found = self.world.gather(damages(path, part=(self.world.rank, self.world.size)) or unreadable(path))
+            problems = list(dict.fromkeys(problem for seen in found for problem in seen))
             if not problems:
-                return str(path)
+                self._known_sound.add(path)
+                return path
             self._known_damaged.add(path)
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             self.message(f"skipped damaged checkpoint {path}: {problems[0]}{more}")
         return None
 
     def load(self, path: str | Path, into: Tree) -> dict[str, Any]:
-        """See `load_checkpoint`; the ranks of the run do it together."""
-        return load_checkpoint(path, into, self.world)
+        """See `load_checkpoint`; the ranks of the run do it together. What `latest_valid` gave is not read twice."""
+        return load_checkpoint(path, into, self.world, checked=Path(path) in self._known_sound)
 
     def paths(self) -> list[Path]:
         """Every finished checkpoint folder, newest first, valid or not."""
         if not self.folder.is_dir():
             return []
-        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), key=_order, reverse=True)
+        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), key=order_of, reverse=True)
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], data: bytes) -> None:
         """The body of a save: never raises, since a failed save must not end the run."""
         started = time.monotonic()
         temporary = self.folder / f"{TEMPORARY}{step:08d}"
         try:
-            self._together(lambda: self._begin(temporary))
-            self._together(lambda: write_tensors(temporary / "tensors", tensors, self._group), everywhere=True)
-            path, manifest_sha256 = self._together(lambda: self._complete(temporary, step, data))
+            self.world.bind_thread()
+            self._together(lambda: self._begin(temporary, data))
+            hashes = self._together(lambda: self._write_tensors(temporary, tensors), everywhere=True)
+            known = {name: entry for written in hashes for name, entry in written.items()}
+            [(path, manifest_sha256)] = self._together(lambda: self._complete(temporary, step, known))
             self.saved.append(Saved(step, state, Path(path), manifest_sha256, time.monotonic() - started))
         except Exception as error:
-            self._error = f"checkpoint of step {step} was not saved: {_spell(error)}"
+            self._error = f"checkpoint of step {step} was not saved: {spell(error)}"
             self.message(self._error)
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
         try:
-            there = self._together(self._prune)  # another machine of a shared disk may not see them yet
+            [there] = self._together(self._prune)  # another machine of a shared disk may not see them yet
             self.saved = [saved for saved in self.saved if saved.path.name in there]
         except Exception as error:
-            self.message(f"old checkpoints were not removed: {_spell(error)}")
+            self.message(f"old checkpoints were not removed: {spell(error)}")
 
-    def _together(self, work: Callable[[], Any], everywhere: bool = False) -> Any:
-        """Work of rank 0 (of every rank with `everywhere`) that fails on all ranks if it fails on one. Returns what
-        rank 0's gave, which is JSON-able then."""
+    def _together(self, work: Callable[[], Any], everywhere: bool = False) -> list[Any]:
+        """What rank 0's work gave (of every rank with `everywhere`, by rank), which is JSON-able where there are many.
+        It fails on all ranks if it fails on one."""
         if self.world.size == 1:
-            return work()
+            return [work()]
         told: dict[str, Any] = {"value": None}
         try:
             if everywhere or self.world.is_main:
                 told = {"value": work()}
         except Exception as error:
-            told = {"error": _spell(error)}
-        ranks = self.world.gather(told, self._group)
+            told = {"error": spell(error)}
+        try:
+            ranks = self.world.gather(told, self._group)
+        except RuntimeError:
+            self._group_failed = True
+            raise
         failed = next((f"rank {rank}: {seen['error']}" for rank, seen in enumerate(ranks) if "error" in seen), None)
         if failed is not None:
             raise OSError(failed)
-        return ranks[0]["value"]
+        return [seen["value"] for seen in (ranks if everywhere else ranks[:1])]
 
-    def _begin(self, temporary: Path) -> None:
+    def _has(self, step: int) -> bool:
+        """Whether this process knows of a save of this step (rank 0: sees it too)."""
+        known = bool(self.saved) and self.saved[-1].step == step
+        return known and (not self.world.is_main or self.saved[-1].path.is_dir())
+
+    def _begin(self, temporary: Path, data: bytes) -> None:
         self._clean()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-
-    def _complete(self, temporary: Path, step: int, data: bytes) -> tuple[str, str]:
-        """The rest, the manifest last, and the name that makes it a checkpoint: its path and its manifest's sha256."""
         write_durably(temporary / "state.json", data)
+
+    def _write_tensors(self, temporary: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """This rank's shards, and what the manifest says of them."""
+        write_tensors(temporary / "tensors", tensors, self._group)
+        return entries(temporary, f"tensors/{shard_prefix(self.world.rank)}")
+
+    def _complete(self, temporary: Path, step: int, known: dict[str, Any]) -> tuple[str, str]:
+        """The rest, the manifest last, and the name that makes it a checkpoint: its path and its manifest's sha256."""
         fsync_path(temporary / "tensors")
-        manifest_sha256 = write_manifest(temporary, step)
+        manifest_sha256 = write_manifest(temporary, step, known)
         fsync_path(temporary)
         path = self._free_path(step)
         temporary.rename(path)
@@ -231,70 +255,10 @@ class Checkpointer:
                 if path not in self._known_damaged and not damages(path, hashes=False):
                     sound += 1
                 continue
-            if self.config.keep_every and _order(path)[0] % self.config.keep_every == 0:
+            if self.config.keep_every and order_of(path)[0] % self.config.keep_every == 0:
                 continue
             # renamed first: a kill while deleting must not leave something that looks like a damaged checkpoint
             doomed = self.folder / f"{DELETING}{path.name}"
             path.rename(doomed)
             shutil.rmtree(doomed)
         return [path.name for path in self.paths()]
-
-
-def load_checkpoint(path: str | Path, into: Tree, world: World | None = None) -> dict[str, Any]:
-    """Checks every byte against the manifest, fills the tensors of `into` in place, and returns the state.
-
-    `into` has the form given to `save`, or only some of its top-level sections: {"model": model.state_dict()} takes
-    the weights alone. world: the ranks that load it together share the reading of bytes for their hashes.
-    Raises InputError, on all of them: damaged, or names, shapes or dtypes differ (nothing is filled then).
-    """
-    path, flat, world = Path(path), flatten(into), world or World.alone()
-
-    def check() -> dict[str, Any]:
-        if not path.is_dir():
-            raise InputError(f"{path}: no such checkpoint")
-        problems = damages(path, part=(world.rank, world.size))
-        if problems:
-            raise InputError(f"{path}: damaged checkpoint: {problems[0]}")
-        state = load_state(path)
-        require_stored(path / "tensors", flat, set(into))
-        return state
-
-    state = world.everywhere(check)
-    read_tensors(path / "tensors", flat)
-    return state
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """state.json alone, without checking the other files. Raises InputError if it cannot be read."""
-    try:
-        return dict(json.loads((Path(path) / "state.json").read_bytes())["state"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: state.json is not readable: {_spell(error)}") from None
-
-
-def step_of(path: str | Path) -> int:
-    """The number of finished steps that a checkpoint folder's name carries."""
-    return _order(Path(path))[0]
-
-
-def _order(path: Path) -> tuple[int, int]:
-    match = NAME.fullmatch(path.name)
-    if match is None:
-        raise InputError(f"{path}: not a checkpoint folder (step-00000000)")
-    return int(match[1]), int(match[2] or 1)
-
-
-def _unreadable(path: Path) -> list[str]:
-    """Problems that a rewritten manifest hides: files that are not what their names say, a step of another folder."""
-    try:
-        load_state(path)
-        if read_manifest(path)["step"] != step_of(path):
-            return ["manifest.json: is of another step"]
-        open_shards(path / "tensors")
-    except Exception as error:  # safetensors raises many kinds on foreign bytes
-        return [_spell(error)]
-    return []
-
-
-def _spell(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

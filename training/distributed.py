@@ -12,6 +12,8 @@ import gc
 import hashlib
 import json
 import os
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,16 +28,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from data.batch import IGNORE_LABEL, Batch
-from errors import InputError, PreflightError, Stopped, StorageError, require, require_choice, require_number
+from errors import InputError, require, require_choice, require_number
 from training.building import Fill
 from training.compile import compile_blocks
 from training.meeting import meet, part
 from training.recompute import RECOMPUTE, recompute
 from training.sharding import GATHERED, shard
+from training.shared_errors import SHARED, tell, told_error
 
 T = TypeVar("T")
-# What one rank tells the others, who raise it too.
-SHARED = (InputError, PreflightError, StorageError, Stopped, OSError)
 # How long a rank that has failed waits for the others: all raise what was shared; alone, it must not hold up the end.
 PARTING = timedelta(seconds=20)
 KINDS = ("none", "ddp", "fsdp", "hsdp")
@@ -133,12 +134,12 @@ class World:
             spoken = part(store, rank, size, line, PARTING) == line and rank != 0
             cast(Any, error).spoken = spoken  # by rank 0, see errors.exit_with
             world.mesh = None
-            teardown()
+            teardown(error)
             raise
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             world.mesh = None
-            teardown()
+            teardown(error)
             raise
         part(store, rank, size, "", timeout)
         world.mesh = None
@@ -220,11 +221,11 @@ class World:
             try:
                 told = {"value": work()}
             except SHARED as error:
-                self.gather({"error": _tell(error)}, group)
+                self.gather({"error": tell(error)}, group)
                 raise
         told = self.gather(told, group)[0]
         if "error" in told:
-            raise _told(told["error"])
+            raise told_error(told["error"])
         return told["value"]
 
     def everywhere(self, work: Callable[[], T]) -> T:
@@ -237,10 +238,10 @@ class World:
         try:
             found.append(work())
         except SHARED as error:
-            problem = _tell(error)
+            problem = tell(error)
         for rank, seen in enumerate(self.gather(problem)):
             if seen is not None:
-                raise _told(seen, f"rank {rank}: " if rank else "")
+                raise told_error(seen, f"rank {rank}: " if rank else "")
         return found[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
@@ -257,11 +258,15 @@ class World:
             require(other is None, f"rank {rank}", f"has another {other} than rank 0")
         return hashlib.sha256(json.dumps(seen[0], sort_keys=True).encode()).hexdigest()
 
-    def side_group(self) -> dist.ProcessGroup | None:
-        """A group of all ranks for another thread (checkpoints), whose messages mix with no other's."""
-        if self.mesh is None:
-            return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout_seconds))
+    def bind_thread(self) -> None:
+        """For another thread that may touch the device: CUDA makes it forget which one is this process's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def side_group(self, patience: timedelta) -> dist.ProcessGroup | None:
+        """A group of all ranks for another thread (checkpoints), whose messages mix with no other's; all ranks ask for
+        it together. After a collective that took longer than `patience` it is of no use any more."""
+        return None if self.mesh is None else dist.new_group(backend="gloo", timeout=patience)
 
 
 def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh:
@@ -273,25 +278,23 @@ def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def teardown() -> None:
+def teardown(error: BaseException | None = None) -> None:
     """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then (measured: 1 to 4
-    of 12), so the caller has let go of model and optimizer."""
+    of 12), so the caller has let go of model and optimizer.
+
+    error: with which this process leaves, alone perhaps. NCCL may then wait for ranks that are in another collective;
+    so after `PARTING` it is said and the process ends as it is.
+    """
     gc.collect()
+    leave = threading.Timer(PARTING.total_seconds(), _leave, [error])
+    leave.daemon = True
+    if error is not None:
+        leave.start()
     dist.destroy_process_group()
+    leave.cancel()
 
 
-def _tell(error: BaseException) -> dict[str, Any]:
-    """An error of `SHARED` for other ranks."""
-    if isinstance(error, OSError):
-        return {"error": "OSError", "arguments": [error.errno, error.strerror or str(error), error.filename]}
-    return {"error": type(error).__name__, "arguments": [str(error)]}
-
-
-def _told(error: dict[str, Any], where: str = "") -> Exception:
-    """The error again. where: which rank had it, in front of the text (of a disk's error, which becomes a line)."""
-    arguments = error["arguments"]
-    if error["error"] != "OSError":
-        kind = next(kind for kind in SHARED if kind.__name__ == error["error"])
-        return kind(where + arguments[0])
-    _, problem, path = arguments
-    return StorageError(f"{where}{path}: {problem}") if where else OSError(*arguments)
+def _leave(error: BaseException) -> None:
+    traceback.print_exception(type(error), error, None if isinstance(error, SHARED) else error.__traceback__)
+    sys.stderr.flush()
+    os._exit(getattr(error, "exit_code", 1))

@@ -17,9 +17,18 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-def write_manifest(folder: Path, step: int) -> str:
-    """Hashes every file below folder into its manifest and returns the manifest's own sha256. Raises OSError."""
-    files = {name: _entry(folder / name) for name in _files(folder)}
+def entries(folder: Path, prefix: str = "") -> dict[str, Any]:
+    """Size and sha256 of the files below folder whose names begin so. Raises OSError."""
+    return {name: _entry(folder / name) for name in _files(folder) if name.startswith(prefix)}
+
+
+def write_manifest(folder: Path, step: int, known: dict[str, Any] | None = None) -> str:
+    """Writes what `entries` says of every file below folder; returns the manifest's own sha256. Raises OSError.
+
+    known: entries of files that other processes wrote and hashed; the rest is hashed here.
+    """
+    known = known or {}
+    files = {name: known.get(name) or _entry(folder / name) for name in _files(folder)}
     content: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
     content["self_sha256"] = hashlib.sha256(canonical_json(content)).hexdigest()
     data = canonical_json(content)

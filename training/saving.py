@@ -13,7 +13,8 @@ import torch
 from data.prepared import Prepared
 from errors import InputError, StorageError
 from model.hybrid import HybridLM
-from training.checkpoint import Checkpointer, Saved, load_state
+from training.checkpoint import Checkpointer, Saved
+from training.checkpoint_folder import load_state
 from training.config import RunConfig
 from training.distributed import World
 from training.durable import canonical_json

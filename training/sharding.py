@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -51,6 +52,16 @@ def shard(
         register_fsdp_forward_method(module, "step")
         for name, parameter in _own(module, model):  # new objects: what was noted on the old ones moves over
             vars(parameter).update(marks[name])
+    if mesh.ndim == 2 and mesh.size(0) > 1:
+        _copy_first_replica(model, mesh)
+
+
+def _copy_first_replica(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Each machine has drawn the weights itself, and another processor may round their last bit otherwise; summed
+    gradients would never bring the copies together again."""
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        dist.broadcast(local.detach(), group=mesh.get_group(0), group_src=0)
 
 
 def _own(module: nn.Module, model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -58,6 +58,11 @@ def write_tensors(folder: Path, flat: dict[str, Tensor], group: Any = None) -> N
         raise _cause(error) from None
 
 
+def shard_prefix(rank: int) -> str:
+    """How the names of the files begin that a rank of `write_tensors` writes."""
+    return f"shard-{rank + 1:05d}-"
+
+
 def require_stored(folder: Path, into: dict[str, Tensor], sections: set[str]) -> None:
     """Before `read_tensors`: raises InputError if a name, shape or dtype differs (`sections` are the top-level names
     that must match completely) or if a file is no safetensors file. Talks to no other rank."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import InputError
-from training.checkpoint import load_checkpoint
+from training.checkpoint_folder import load_checkpoint
 from training.distributed import World
 from training.durable import replace_atomically, sha256_file
 from training.run import find_checkpoint

@@ -21,7 +21,8 @@ from scripts.chaos.mishaps import refused_cleanly
 from scripts.chaos.place import CONFIG, REFERENCE, Place, Tally
 from scripts.chaos.zygote import Zygote
 from scripts.launch.collect import verify_run
-from training.checkpoint import Checkpointer, load_checkpoint
+from training.checkpoint import Checkpointer
+from training.checkpoint_folder import load_checkpoint
 from training.config import load_config
 from training.receipt import read_receipt
 

@@ -16,7 +16,8 @@ from errors import InputError, nearest
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from scripts.inspect_curvature.subject import Subject
-from training.checkpoint import NAME, Checkpointer, load_state, step_of
+from training.checkpoint import Checkpointer
+from training.checkpoint_folder import NAME, load_state, step_of
 from training.config import RunConfig, load_config
 from training.manifest import MANIFEST
 from training.receipt import read_receipt

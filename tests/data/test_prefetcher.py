@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from data.loader import Prefetcher
 
@@ -83,8 +84,13 @@ class Pinnable:
         return result
 
 
-def test_batches_are_pinned_alone_and_in_lists() -> None:
+def test_batches_are_pinned_alone_and_in_lists_for_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    name = lambda: threading.current_thread().name  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: bound.append((name(), device)))
     with Prefetcher(lambda step: Pinnable(), stop=1, pin_memory=True) as batches:
         assert next(batches).pinned
     with Prefetcher(lambda step: [Pinnable(), Pinnable()], stop=1, pin_memory=True) as lists:
         assert all(batch.pinned for batch in next(lists))
+    assert bound == [("prefetch", 3)] * 2

@@ -48,8 +48,8 @@ class Case:
         config = ParallelConfig(self.kind, recompute=self.recompute, shard_ranks=2 if self.kind == "hsdp" else None)
         with World.join(config, torch.device("cpu")) as world:
             if world.mesh is not None:
-                groups = [*world.mesh.get_all_groups(), world.side_group()]
-                waits = {group._get_backend(world.device).options._timeout.total_seconds() for group in groups}
+                groups = (group._get_backend(world.device) for group in world.mesh.get_all_groups())
+                waits = {group.options._timeout.total_seconds() for group in groups}
                 assert waits == {config.timeout_seconds}
             found = train(world, self)
             if world.is_main:

@@ -1,14 +1,18 @@
 """What one rank meets is raised by all, in threads that pass each other what real ranks would send."""
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from jobs import ENVIRONMENT, run
 
 from errors import InputError, StorageError
-from training.checkpoint import Checkpointer, load_checkpoint
+from training.checkpoint import Checkpointer
+from training.checkpoint_folder import load_checkpoint
 from training.distributed import ParallelConfig, World
 
 CPU = torch.device("cpu")
@@ -103,3 +107,55 @@ def test_damage_in_any_file_is_seen_by_one_rank_and_refused_by_all(tmp_path):
         assert not into["model"]["a"].any()
         refused_by |= {str(error).startswith("rank 1: ") for error in found}
     assert refused_by == {False, True}  # some in the share of rank 0, some in that of rank 1
+
+
+def of_two(scenario, folder):
+    job = run(2, "sharing_worker.py", scenario, folder, cwd=folder)
+    assert job.returncode == 0, job.stderr[-3000:]
+    return json.loads(job.stdout)
+
+
+@pytest.mark.slow
+def test_a_disk_that_was_slow_once_costs_one_save_and_no_more(tmp_path):
+    """The group of the writing threads is of no use after a timeout; the next save makes another one."""
+    for done, newest in of_two("slow_disk", tmp_path):
+        assert done[1:] == [True, True] and newest == "step-00000003"
+
+
+@pytest.mark.slow
+def test_ranks_share_the_hashing(tmp_path):
+    """Each reads what it wrote, then its share of the files, and nothing twice."""
+    (saved, found, loaded), other = of_two("hashes", tmp_path)
+    assert loaded == other[2] == 0
+    for mine, theirs in ((saved, other[0]), (found, other[1])):
+        assert min(mine, theirs) > 40_000 and max(mine, theirs) < 42_000
+
+
+@pytest.mark.slow
+def test_copies_of_the_weights_begin_equal(tmp_path):
+    one, other = of_two("other_weights", tmp_path)
+    assert one == other and any(one)
+
+
+HANGS = """
+import sys, time, torch, torch.distributed as dist
+from datetime import timedelta
+from errors import InputError, exit_with
+from training import distributed
+distributed.PARTING = timedelta(seconds=1)
+distributed.dist.destroy_process_group = lambda: time.sleep(120)
+def main():
+    with distributed.World.join(distributed.ParallelConfig(data="ddp"), torch.device("cpu")):
+        raise {"memory": RuntimeError("out of memory"), "input": InputError("texts: gone")}[sys.argv[1]]
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code", "line"), [("memory", 1, "out of memory"), ("input", 2, "texts: gone")])
+def test_a_rank_that_fails_leaves_though_its_group_waits_for_others(tmp_path, kind, code, line):
+    """As NCCL does when the other ranks are in another collective."""
+    left = subprocess.run(
+        [sys.executable, "-c", HANGS, kind], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert left.returncode == code and line in left.stderr.splitlines()[-1]
+    assert ("Traceback" in left.stderr) == (kind == "memory")

@@ -13,7 +13,9 @@ from torch import nn
 
 from errors import InputError
 from training import checkpoint as checkpoint_module
-from training.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint, step_of
+from training.checkpoint import CheckpointConfig, Checkpointer
+from training.checkpoint_folder import load_checkpoint, step_of
+from training.distributed import ParallelConfig, World
 from training.optimizer import OptimizerConfig, build_optimizer, optimizer_tensors
 
 
@@ -228,6 +230,16 @@ def test_async_error_comes_with_the_next_call_and_the_run_goes_on(tmp_path, monk
     monkeypatch.setattr(checkpoint_module, "write_manifest", working)
     assert "step 2 was not saved" in keeper.save(3, {"x": {"a": torch.ones(1)}}, {})
     assert keeper.wait() is None and [step_of(path) for path in keeper.paths()] == [3]
+
+
+def test_the_writing_thread_belongs_to_the_gpu_of_the_process(tmp_path, monkeypatch):
+    bound = []
+    name = lambda: threading.current_thread().name  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: bound.append((name(), device.index)))
+    world = World(ParallelConfig(), torch.device("cuda", 3), 0, 1, None)
+    keeper = Checkpointer(tmp_path, world=world)
+    keeper.save(1, {"a": torch.ones(1)}, {})
+    assert keeper.wait() is None and bound == [("checkpoint-1", 3)]
 
 
 def test_async_returns_before_the_disk_is_done(tmp_path, monkeypatch):

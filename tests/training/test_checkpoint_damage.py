@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from errors import InputError
-from training.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
+from training.checkpoint import CheckpointConfig, Checkpointer
+from training.checkpoint_folder import load_checkpoint
 from training.manifest import damages, write_manifest
 
 FILES = ["manifest.json", "state.json", "tensors/shard-00001-model-00001-of-00001.safetensors"]
@@ -160,7 +161,8 @@ KILLER = """
     from pathlib import Path
     import torch
     import torch.distributed.checkpoint
-    from training.checkpoint import CheckpointConfig, Checkpointer, step_of
+    from training.checkpoint import CheckpointConfig, Checkpointer
+    from training.checkpoint_folder import step_of
     from training.manifest import damages
     torch.set_num_threads(1)
     folder = sys.argv[1]
