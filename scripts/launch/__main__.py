@@ -1,7 +1,7 @@
 """Starts runs that outlive the terminal, and looks after them: python -m scripts.launch COMMAND.
 
     start CONFIG [key=value ...] [--nodes N] [--gpus N | --processes N] [--backend local|slurm] [--time LIMIT]
-          [--sbatch=OPTION]
+          [--cpus-per-task N] [--sbatch=OPTION]
     list
     status RUN [--json]        logs RUN [-f] [-n LINES]
     stop RUN [--now]           resume RUN [--take-over] [the options of start]
@@ -87,7 +87,7 @@ def resume(arguments: argparse.Namespace) -> int:
     job = Job.read(folder) or Job("local")
     job.backend = arguments.backend or job.backend
     if job.backend == "local":  # what an earlier start told Slurm is nothing that a person asks for now
-        job.nodes, job.sbatch, job.time_limit = 1, [], None
+        job.nodes, job.sbatch, job.time_limit, job.cpus_per_task = 1, [], None, None
     _size(job, arguments)
     _check_job(job, load_config(folder / "config.yaml"))
     _begin(folder, job)
@@ -193,23 +193,27 @@ def _say_where(folder: Path, job: Job) -> None:
 
 def _size(job: Job, arguments: argparse.Namespace) -> None:
     """What was asked for; the rest stays as it was. Raises InputError."""
-    asked = {name: getattr(arguments, name) for name in ("nodes", "gpus", "processes")}
+    asked = {name: getattr(arguments, name) for name in ("nodes", "gpus", "processes", "cpus_per_task")}
     asked = {name: number for name, number in asked.items() if number is not None}
     for name, number in asked.items():
         if number < 1:
-            raise InputError(f"--{name}: expected at least 1, got {number}")
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
     if {"gpus", "processes"} <= asked.keys():
         raise InputError("--gpus, --processes: both say how many processes a node has; give one of them")
     if {"gpus", "processes"} & asked.keys():
         job.gpus = job.processes = 0
+    if any(option.startswith("--cpus-per-") for option in arguments.sbatch):
+        if arguments.cpus_per_task:
+            raise InputError("--cpus-per-task, --sbatch: both say how many CPUs a process has; give one of them")
+        job.cpus_per_task = None
     for name, number in asked.items():
         setattr(job, name, number)
     job.sbatch, job.time_limit = arguments.sbatch or job.sbatch, arguments.time or job.time_limit
 
 
 def _check_job(job: Job, config: RunConfig) -> None:
-    if job.backend == "local" and (job.nodes > 1 or job.sbatch or job.time_limit):
-        raise InputError("--nodes, --time, --sbatch: need --backend slurm")
+    if job.backend == "local" and (job.nodes > 1 or job.sbatch or job.time_limit or job.cpus_per_task):
+        raise InputError("--nodes, --time, --cpus-per-task, --sbatch: need --backend slurm")
     if job.gpus and config.device == "cpu":
         raise InputError(f"--gpus: device is cpu; --processes {job.gpus} starts as many without a GPU")
     config.require_ranks(job.ranks)
@@ -240,15 +244,7 @@ def _wait_until_over(folder: Path, job: Job | None, seconds: float) -> RunStatus
     return describe(folder)
 
 
-COMMANDS = {
-    "start": start,
-    "resume": resume,
-    "status": status,
-    "list": list_runs,
-    "logs": logs,
-    "stop": stop,
-    "collect": collect,
-}
+COMMANDS = {one.__name__: one for one in (start, resume, status, logs, stop, collect)} | {"list": list_runs}
 
 
 def _starts() -> bool:
@@ -293,6 +289,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, help="per node, one process each (default: one process)")
     parser.add_argument("--processes", type=int, help="per node, without asking for a GPU: on the CPU, over gloo")
     parser.add_argument("--time", help="Slurm: the limit of one job, e.g. 24:00:00; it requeues itself")
+    parser.add_argument("--cpus-per-task", type=int, help="Slurm: of each process (default: 4 with a GPU, else 1)")
     parser.add_argument("--sbatch", action="append", default=[], help="Slurm: e.g. --sbatch=--partition=gpu")
 
 

@@ -36,6 +36,8 @@ class Job:
     # Lines for sbatch, e.g. --partition=a100; and the time limit. A resubmission keeps what is not given again.
     sbatch: list[str] = field(default_factory=list)
     time_limit: str | None = None
+    # Under Slurm, of each process; None: what `sbatch` says, else as `slurm.render` has it.
+    cpus_per_task: int | None = None
     command: list[str] = field(default_factory=list)
     cwd: str = ""
     started: str = ""

@@ -18,6 +18,9 @@ from scripts.launch.job import LOG, Job, train_command
 
 # Seconds before the limit at which Slurm warns: must cover one step and one save. Slurm may warn a minute earlier.
 WARNING_SECONDS = 180
+# CPUs of a rank with a GPU: its own thread, the loader's, the checkpoint's, the collectives'. Nodes with GPUs have as
+# many for each; a rank without one takes the one that any node has.
+GPU_CPUS = 4
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
 
@@ -38,6 +41,7 @@ def render(folder: Path, job: Job) -> str:
         *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
         *([f"--time={job.time_limit}"] if job.time_limit else []),
         *job.sbatch,
+        *_cpus(job),
     ]
     command = shlex.join(job.command)
     distributed = ""
@@ -46,7 +50,7 @@ def render(folder: Path, job: Job) -> str:
         distributed = (
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\n'
             'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"\n'
-            f'export WORLD_SIZE={job.ranks} LOCAL_WORLD_SIZE={job.per_node} OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"\n'
+            f"export WORLD_SIZE={job.ranks} LOCAL_WORLD_SIZE={job.per_node}\n"
         )
         ranks = 'RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" exec "$@"'
         command = f"bash -c {shlex.quote(ranks)} rank {command}"
@@ -59,6 +63,9 @@ def render(folder: Path, job: Job) -> str:
 
 cd {shlex.quote(job.cwd)}
 export PYTHONUNBUFFERED=1
+# srun inherits this name alone (Slurm 22.05 and later): without it each task has one CPU, whatever the job has
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-${{SLURM_CPUS_PER_GPU:-1}}}}}}"
 {distributed}now="$(date '+%Y-%m-%d %H:%M:%S')"
 echo "--- $now job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restarts: ${{SLURM_RESTART_COUNT:-0}}"
 srun --kill-on-bad-exit=1 {command}
@@ -72,6 +79,13 @@ fi
 exit "$code"
 """
     )
+
+
+def _cpus(job: Job) -> list[str]:
+    """The option that asks for CPUs, none beside a person's own. Last of all, as Slurm obeys the last of several."""
+    if job.cpus_per_task is None and any(option.startswith("--cpus-per-") for option in job.sbatch):
+        return []
+    return [f"--cpus-per-task={job.cpus_per_task or (GPU_CPUS if job.gpus else 1)}"]
 
 
 def submit(folder: Path, job: Job) -> None:

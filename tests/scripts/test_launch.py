@@ -190,7 +190,7 @@ def test_batch_scripts_are_valid_and_quote_what_they_are_given(tmp_path):
     folder.mkdir(parents=True)
     for gpus, nodes, processes in ((0, 1, 0), (1, 1, 0), (8, 4, 0), (0, 2, 3)):
         command = ["python", "train.py", "x y.yaml"]
-        job = Job("slurm", gpus, nodes, processes, ["--partition=big"], "24:00:00", command, str(folder))
+        job = Job("slurm", gpus, nodes, processes, ["--partition=big"], "24:00:00", command=command, cwd=str(folder))
         script = slurm.render(folder, job)
         checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert checked.returncode == 0, checked.stderr
@@ -201,9 +201,29 @@ def test_batch_scripts_are_valid_and_quote_what_they_are_given(tmp_path):
         assert f"#SBATCH --ntasks-per-node={per_node}\n" in script
         assert (f"#SBATCH --gpus-per-node={gpus}\n" in script) == (gpus > 0)
         # hsdp cuts the weights over the ranks of a node
-        assert job.ranks == 1 or f"WORLD_SIZE={nodes * per_node} LOCAL_WORLD_SIZE={per_node} " in script
+        assert job.ranks == 1 or f"WORLD_SIZE={nodes * per_node} LOCAL_WORLD_SIZE={per_node}\n" in script
     with pytest.raises(InputError, match="--sbatch"):
         slurm.check_options(["--wrap=x\nrm"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "options", "asked"),
+    [
+        (0, None, [], "--cpus-per-task=1"),  # no more than any node has
+        (8, None, [], "--cpus-per-task=4"),
+        (8, 12, [], "--cpus-per-task=12"),
+        (8, None, ["--cpus-per-task=6"], "--cpus-per-task=6"),
+        (8, None, ["--cpus-per-gpu=6"], "--cpus-per-gpu=6"),  # which Slurm does not take beside the other
+        (8, 12, ["--cpus-per-task=6"], "--cpus-per-task=12"),  # the later word: of a resume
+    ],
+)
+def test_a_task_has_the_cpus_that_were_asked_for_and_srun_hands_them_on(tmp_path, gpus, given, options, asked):
+    job = Job("slurm", gpus, cpus_per_task=given, sbatch=options, command=["python"], cwd="/")
+    script = slurm.render(tmp_path, job)
+    cpus = [line for line in script.splitlines() if line.startswith("#SBATCH --cpus-per")]
+    assert cpus[-1] == f"#SBATCH {asked}"  # Slurm obeys the last of several
+    assert len(cpus) == 1 or given
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in script.split("srun --kill")[0]
 
 
 def test_options_of_slurm_need_slurm(place):
@@ -222,6 +242,9 @@ def test_a_size_that_cannot_be_is_refused_before_anything_starts(place, monkeypa
         (("--gpus", "0", *pair), "--gpus: expected at least 1"),
         (("--gpus", "2", "device=cpu", *pair), "--processes 2 starts as many"),
         (("--nodes", "2", *pair), "need --backend slurm"),
+        (("--cpus-per-task", "2"), "need --backend slurm"),
+        (("--backend", "slurm", "--cpus-per-task", "0"), "--cpus-per-task: expected at least 1"),
+        (("--backend", "slurm", "--cpus-per-task", "2", "--sbatch=--cpus-per-gpu=2"), "give one of them"),
     ):
         assert words in launch("start", "tiny.yaml", "run_id=x", *arguments, code=2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

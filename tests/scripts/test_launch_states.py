@@ -143,7 +143,8 @@ def test_a_slurm_that_does_not_answer_ends_nothing(place, monkeypatch):
 
 def test_a_run_of_slurm_is_resumed_here_and_there_again(place, monkeypatch):
     folder = write_run(place / "runs" / "a", status="preempted")
-    Job("slurm", nodes=4, processes=1, sbatch=["--partition=big"], time_limit="1:00:00", slurm_job="8").write(folder)
+    size = {"nodes": 4, "processes": 1, "cpus_per_task": 3, "time_limit": "1:00:00"}
+    Job("slurm", **size, sbatch=["--partition=big"], slurm_job="8").write(folder)
     slurm_says(monkeypatch, {})
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda line, **_: started.append(line) or psutil.Process())
@@ -151,17 +152,21 @@ def test_a_run_of_slurm_is_resumed_here_and_there_again(place, monkeypatch):
     assert len(started) == 1 and f"(process {os.getpid()}," in said and "Slurm job" not in said
     job = Job.read(folder)
     assert (job.backend, job.nodes, job.sbatch, job.time_limit, job.slurm_job) == ("local", 1, [], None, None)
+    assert job.cpus_per_task is None
     job.process = {}
     job.write(folder)
     assert "need --backend slurm" in launch("resume", "a", "--time", "2:00:00", code=2)
     asked = slurm_says(monkeypatch, {"": "10"})
-    options = ["--backend", "slurm", "--time", "2:00:00", "--sbatch=--partition=small"]
+    options = ["--backend", "slurm", "--time", "2:00:00", "--sbatch=--partition=small", "--cpus-per-task", "2"]
     assert "(Slurm job 10," in launch("resume", "a", *options)
     assert "#SBATCH --time=2:00:00\n#SBATCH --partition=small\n" in (folder / "job.sh").read_text()
     assert asked[-1][0] == "sbatch"
     launch("resume", "a")  # what is not given again stays
     job = Job.read(folder)
     assert (job.sbatch, job.time_limit, job.slurm_job) == (["--partition=small"], "2:00:00", "10")
+    assert job.cpus_per_task == 2
+    launch("resume", "a", "--sbatch=--cpus-per-task=6")
+    assert "#SBATCH --cpus-per-task=2\n" not in (folder / "job.sh").read_text()
 
 
 def test_a_checkpoint_that_a_living_run_prunes_meanwhile_is_no_fault(place, monkeypatch):

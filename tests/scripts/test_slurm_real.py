@@ -1,6 +1,7 @@
 """A run under a real Slurm: warned before its limit, saved, requeued, continued, stopped, collected."""
 
 import json
+import os
 import random
 import re
 import socket
@@ -15,6 +16,7 @@ from tiny_run import ROOT, TINY
 
 from errors import InputError
 from scripts.launch import slurm
+from scripts.launch.job import Job
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,6 +83,33 @@ def test_preempted_requeued_continued_stopped_and_collected(tmp_path, processes)
         assert "SIGUSR1: saving" in log and f"continued from step {first['step']}" in log
         steps = [json.loads(line)["step"] for line in Path(run / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(steps)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a node of one CPU")
+def test_each_task_has_the_cpus_that_were_asked_for(tmp_path, monkeypatch):
+    names = "os.environ.get('SLURM_CPUS_PER_TASK'), os.environ['OMP_NUM_THREADS']"
+    seen = f"import os; print('has', len(os.sched_getaffinity(0)), {names}, flush=True)"
+    cases = {
+        "default": (Job("slurm"), ["has 1 1 1"]),
+        "own": (Job("slurm", cpus_per_task=2), ["has 2 2 2"]),
+        "of sbatch": (Job("slurm", sbatch=["--cpus-per-task=2"]), ["has 2 2 2"]),
+        "two tasks": (Job("slurm", processes=2), ["has 1 1 1"] * 2),
+    }
+    with slurm_daemons.slurm() as environment:
+        for name in environment:
+            monkeypatch.setenv(name, environment[name])
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which is obeyed
+        for name, (job, expected) in cases.items():
+            folder = tmp_path / name.replace(" ", "-")
+            folder.mkdir()
+            job.command, job.cwd = [sys.executable, "-c", seen], str(tmp_path)
+            # what srun itself says to its tasks, not what they would inherit from the batch script
+            script = slurm.render(folder, job).replace("\nsrun ", "\nenv -u SLURM_CPUS_PER_TASK srun ")
+            (folder / "job.sh").write_text(script)
+            number = slurm.slurm_command("sbatch", "--parsable", str(folder / "job.sh")).strip()
+            until(lambda: slurm.state(number) is None, "the end")  # noqa: B023
+            lines = (folder / "output.log").read_text().splitlines()
+            assert [line for line in lines if line.startswith("has")] == expected, (name, lines)
 
 
 def test_the_words_of_a_slurm_that_answers_and_of_one_that_does_not(tmp_path, monkeypatch):
