@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from analysis.accumulate import Curve
 from analysis.curvature import straightening
 from analysis.families import family_changes
@@ -17,6 +15,7 @@ from analysis.guards import guards
 from analysis.inspection import About, Inspection
 from analysis.measure import Measured
 from analysis.metrics import CORPUS, document_metrics
+from data.plain import strict
 
 FORMAT = 1
 COLUMNS = ("source", "kind", "variant", "boundary", "family", "metric", "unit", "value", "low", "high")
@@ -119,19 +118,6 @@ def write_parquet(path: Path, inspection: Inspection) -> None:
     found = list(rows(inspection))
     table = pyarrow.table({column: [row[column] for row in found] for column in COLUMNS})
     pyarrow.parquet.write_table(table, path)
-
-
-def strict(value: Any) -> Any:
-    """Plain JSON: numpy to lists and numbers, what is not finite to null."""
-    if isinstance(value, dict):
-        return {str(key): strict(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(child) for child in value]
-    if isinstance(value, np.ndarray):
-        return strict(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
 
 
 def _about(about: About) -> dict[str, Any]:

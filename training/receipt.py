@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from data.plain import strict
 from errors import require_choice
 from training.durable import replace_atomically
 
@@ -148,7 +148,7 @@ class Receipt:
         self.update(**fields, status=status, reason=reason, ended=_utc())
 
     def _encode(self) -> bytes:
-        return (json.dumps(_strict(self.content), indent=2, allow_nan=False) + "\n").encode()
+        return (json.dumps(strict(self.content), indent=2, allow_nan=False) + "\n").encode()
 
     def _write(self) -> None:
         self._written = self._clock()
@@ -214,19 +214,6 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
 def _fits(default: Any, value: Any) -> bool:
     """Whether a value read back has the kind of the key's default: a receipt may have been edited by hand."""
     return type(value) is type(default) if isinstance(default, (dict, list)) else True
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: null instead. Tensors and numpy scalars become numbers, tuples lists, other things text."""
-    if isinstance(value, Mapping):
-        return {str(key): _strict(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(child) for child in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
 def _utc() -> str:

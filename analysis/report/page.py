@@ -29,7 +29,7 @@ from analysis.report.path_figure import trajectory_figure
 from analysis.report.spans import correlation_figure, tube_figure
 from analysis.report.text import cards, findings, guard_table, subtitle
 from analysis.report.timeline import timeline_figure
-from analysis.tables import strict
+from data.plain import strict
 
 # Names of colours in figures -> (light, dark). Families as in the curves of a run, lighter where the page is dark.
 COLOURS = {
