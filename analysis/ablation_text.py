@@ -136,6 +136,10 @@ def findings(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> list[str]
             if sizes
             else ""
         )
+        if unknown := len(open_ones) - len(sizes):
+            missed += (
+                f"; in {unknown} of them all pairs differ by one number, so nothing can be said about what was missed"
+            )
         found.append(f"No difference in {primary} was shown in {len(open_ones)} of {len(mine)} comparisons{missed}.")
     few = [c for c in mine if c.verdict(direction).startswith("no verdict")]
     if few:

@@ -29,7 +29,8 @@ class PairedResult:
     percentile bootstrap of the mean (too narrow below ten pairs or so; given for comparison). p_t: paired t test.
     p_flip: sign-flip permutation test, exact up to 13 pairs; it cannot be smaller than 2 / 2^n. p_sign: sign test.
     detectable: the true mean difference that a two-sided t test at 5% would find with 80% probability, one that stands
-    alone (see analysis/ablation.py for one of many). NaN where n is too small to say.
+    alone (see analysis/ablation.py for one of many). NaN where n is too small to say, and low, high and detectable also
+    where all differences are one number, 0 or another.
     """
 
     n: int
@@ -104,16 +105,17 @@ def bootstrap_interval(d: FloatArray, confidence: float = 0.95, seed: int = 0) -
 
 def t_test(d: FloatArray) -> float:
     """Two-sided p of a paired t test: NaN below two values, or where all are one number other than 0; 1 for zeros."""
+    if len(d) > 1 and not d.any():
+        return 1.0
     if len(d) < 2 or _without_spread(d):
         return NAN
-    if not d.any():
-        return 1.0
     return float(stats.ttest_1samp(d, 0.0).pvalue)
 
 
 def _without_spread(d: FloatArray) -> bool:
-    """All values one number other than 0 (but for rounding): a t test would call that certain."""
-    return bool(d.any()) and float(np.ptp(d)) <= 1e-9 * float(np.abs(d).max())
+    """All values one number (but for rounding): a t test would call that certain, and an interval exact, be it of
+    answers that no run got right."""
+    return float(np.ptp(d)) <= 1e-9 * float(np.abs(d).max())
 
 
 def sign_flip_test(d: FloatArray, seed: int = 0) -> float:
@@ -179,10 +181,9 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
 
 
 def minimum_detectable_effect(sd: float, n: int, alpha: float = 0.05, wanted: float = 0.8) -> float:
-    """The smallest true mean difference that is found with probability `wanted`. NaN below two pairs."""
-    if n < 2 or math.isnan(sd):
+    """The smallest true mean difference that is found with probability `wanted`. NaN below two pairs or without a
+    spread."""
+    if n < 2 or math.isnan(sd) or sd == 0:
         return NAN
-    if sd == 0:
-        return 0.0
     top = (float(stats.t.ppf(1 - alpha / 2, n - 1)) * 4 + 4) / math.sqrt(n)  # in units of sd: power is 1 there
     return sd * float(optimize.brentq(lambda effect: power(effect, 1.0, n, alpha) - wanted, 0.0, top, xtol=1e-9))

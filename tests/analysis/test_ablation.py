@@ -118,6 +118,21 @@ def test_what_holm_leaves_detectable_is_what_is_said():
     assert "| detectable | detectable (Holm) | verdict |" in markdown(result, compare(result))
 
 
+def test_pairs_that_are_all_equal_are_no_perfect_precision():
+    """Exact match 0 in every run: nothing was seen, and nothing says how much could have been."""
+    rows = [{**row, "exact": 0.0} for row in outcomes().rows if row["train_fraction"] == 1]
+    result = outcomes(rows=rows)
+    good, equal = (find(compare(result), arm, "point") for arm in ("good", "placebo"))
+    assert good.verdict("higher") == "no difference shown" and good.result.p_t == 1.0
+    assert math.isnan(good.result.low) and math.isnan(good.result.detectable) and math.isnan(good.detectable_holm)
+    assert equal.verdict("higher") == "identical, bit for bit"
+    (line,) = (line for line in findings(result, compare(result)) if line.startswith("No difference"))
+    assert line == (
+        "No difference in exact was shown in 2 of 3 comparisons; in 2 of them all pairs differ by one number, so "
+        "nothing can be said about what was missed."
+    )
+
+
 def test_unfinished_grids_pair_what_is_there():
     rows = [row for row in outcomes().rows if row["run_id"] not in ("good-0.25-s4", "none-1.0-s3")]
     found = compare(outcomes(rows=rows))

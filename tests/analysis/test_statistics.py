@@ -69,8 +69,9 @@ def test_edges():
     one = s.summarise([0.5])
     assert one.n == 1 and one.p_flip == 1.0 and all(map(math.isnan, (one.low, one.p_t, one.detectable)))
     same = s.summarise([0.0, 0.0, 0.0])
-    assert (same.p_t, same.p_flip, same.p_sign, same.wins, same.detectable) == (1.0, 1.0, 1.0, 0.5, 0.0)
-    assert (same.low, same.high) == (0.0, 0.0)
+    assert (same.p_t, same.p_flip, same.p_sign, same.wins) == (1.0, 1.0, 1.0, 0.5)
+    # exact match 0 in every run says nothing about how exactly it was measured
+    assert all(map(math.isnan, (same.low, same.high, same.detectable)))
     # two shares of 1,001 answers that happen to be equal prove nothing
     chance = s.summarise([0.5105 - 0.5215, 0.6105 - 0.6215])
     assert all(map(math.isnan, (chance.low, chance.p_t, chance.detectable))) and chance.p_flip == 0.5
