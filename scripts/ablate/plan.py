@@ -46,7 +46,7 @@ def print_plan(grid: Grid, jobs: int | None, where: str, console: Console) -> No
 
 def cost(grid: Grid) -> tuple[int, float, float | None]:
     """Tokens and training FLOPs that are left (prompts and padding not counted), and seconds of one worker."""
-    flops_of: dict[str, int] = {}
+    flops_of: dict[tuple[str, int, int], int] = {}
     tokens, flops, laps = 0, 0.0, []
     for cell in grid.cells:
         if is_done(grid, cell):
@@ -55,10 +55,10 @@ def cost(grid: Grid) -> tuple[int, float, float | None]:
             laps += [receipt["tokens"] / speed] if speed else []
             continue
         config = cell.config
-        key = str(config.model)
+        vocab_size, length = config.data.tokenizer.vocab_size, config.data.sequence_length
+        key = (str(config.model), vocab_size, length)
         if key not in flops_of:
-            model = meta_model(config, config.data.tokenizer.vocab_size)
-            flops_of[key] = 3 * model.flops_per_token(config.data.sequence_length)
+            flops_of[key] = 3 * meta_model(config, vocab_size).flops_per_token(length)
         tokens += config.train.tokens
         flops += flops_of[key] * config.train.tokens
     left = sum(not is_done(grid, cell) for cell in grid.cells)

@@ -14,6 +14,7 @@ from scripts.ablate import __main__ as command
 from scripts.ablate.checks import placebos
 from scripts.ablate.expression import Expression
 from scripts.ablate.grid import load_grid
+from scripts.ablate.plan import cost
 from scripts.ablate.results import check_folder, differences, result_rows, run_folder
 from scripts.ablate.runner import arm_command, environment, prepare_folder
 from training.config import differing_keys
@@ -201,6 +202,19 @@ def test_a_dry_run_starts_nothing(place, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "3 runs: 3 arms x seeds [0]" in shown and "stp.variant" in shown and "4,500 loss-bearing tokens" in shown
     assert not (place / "ablations").exists()
+
+
+def test_the_cost_of_a_grid_is_that_of_its_runs_in_any_order(place):
+    """A token costs more in a longer row, and with a larger vocabulary."""
+    alone = [
+        cost(load_grid(write(place, overrides={"data.sequence_length": length, "data.tokenizer.vocab_size": size})))[1]
+        for length in (48, 96)
+        for size in (300, 400)
+    ]
+    assert len(set(alone)) == 4
+    for lengths, sizes in (([48, 96], [300, 400]), ([96, 48], [400, 300])):
+        axes = {"data.sequence_length": lengths, "data.tokenizer.vocab_size": sizes}
+        assert cost(load_grid(write(place, overrides={}, axes=axes)))[1] == pytest.approx(sum(alone))
 
 
 def test_the_command_and_environment_of_a_run(place):
