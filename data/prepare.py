@@ -83,10 +83,9 @@ def prepare(
                 sync_folder(temporary)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
-            except InputError:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, InputError) and not _is_looked_for(config, artifacts_dir, folder):
+                    shutil.rmtree(temporary / PARTS, ignore_errors=True)
                 _keep_parts(temporary)
                 raise
     return open_prepared(folder)
@@ -116,6 +115,15 @@ def prepared_folder(config: DataConfig, artifacts_dir: str | Path = "artifacts")
     label = "mixture" if len(specs) > 1 else specs[0].label
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", label).strip("-")[:40]
     return Path(artifacts_dir) / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _is_looked_for(config: DataConfig, artifacts_dir: str | Path, folder: Path) -> bool:
+    """Whether the next call goes on in the same place: a file that was written to gives the preparation another name,
+    and a disk that is away comes back with the same files. What it finds there it knows by the text itself."""
+    try:
+        return prepared_folder(config, artifacts_dir) == folder
+    except (InputError, OSError):
+        return True
 
 
 def _test_fraction(config: DataConfig, spec: CorpusSpec) -> float:
@@ -214,6 +222,7 @@ def _tokenise(
         for name, writer in splits.items():
             entry[name] = writer.close()
             if entry[name]["documents"] == 0:
+                shutil.rmtree(folder / PARTS)  # the same text has too little again, and more of it has another name
                 raise InputError(f"data.path: {spec.label} holds too little text for a {name} split")
     finally:
         for writer in splits.values():

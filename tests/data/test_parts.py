@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from data import parts
-from data.config import DataConfig
+from data import parts, split
+from data.config import DataConfig, TokenizerConfig
 from data.documents import Document, Segment
 from data.prepare import prepare
 from data.prepared import Prepared, verify
 from data.workers import Workers
+from errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"shard_tokens": 1500, "part_bytes": 2000}
@@ -86,6 +89,61 @@ def test_a_killed_preparation_goes_on_behind_its_finished_parts(
     assert written(again) == written(prepared) and verify(again.folder) == []
     assert done[0] == damaged.name and not set(done[1:]) & found.keys()
     assert hidden(tmp_path) == []
+
+
+def interrupted(config: DataConfig, folder: Path, act: Callable[[], object], kept: pytest.MonkeyPatch) -> str:
+    """What is said where `act` happens to the files behind four parts, of a corpus that is too large to be kept."""
+    kept.setattr(split, "_KEEP_BYTES", 0)
+    actions = [act]
+
+    def progress(stage: str, *_: int) -> None:
+        if len(hidden(folder)) == 4 and actions:
+            actions.pop()()
+
+    with pytest.raises(InputError) as caught:
+        prepare(config, folder, progress, workers=1, **SMALL)
+    return str(caught.value)
+
+
+def test_an_input_that_was_away_costs_no_finished_part(
+    prepared: Prepared, texts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(texts_folder, tmp_path / "here")
+    config = DataConfig(
+        path=f"{tmp_path}/here/*.txt", validation_fraction=0.2, tokenizer=TokenizerConfig(vocab_size=330)
+    )
+    said = interrupted(config, tmp_path / "out", lambda: (tmp_path / "here").rename(tmp_path / "away"), monkeypatch)
+    assert "cannot be read" in said
+    found = {path.name for path in hidden(tmp_path / "out")}
+    assert len(found) >= 4
+    (tmp_path / "away").rename(tmp_path / "here")
+    done: list[str] = []
+    save = parts.save
+    monkeypatch.setattr(parts, "save", lambda path, *rest: (done.append(path.name), save(path, *rest)))
+    again = prepare(config, tmp_path / "out", workers=1, **SMALL)
+    assert {name: data for name, data in written(again).items() if name != "manifest.json"} == {
+        name: data for name, data in written(prepared).items() if name != "manifest.json"
+    }
+    assert done and not set(done) & found
+
+
+def test_parts_of_an_input_that_became_another_are_not_kept(
+    texts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its preparation has another name: nobody would look for them."""
+    shutil.copytree(texts_folder, tmp_path / "here")
+    config = DataConfig(path=f"{tmp_path}/here", validation_fraction=0.2, tokenizer=TokenizerConfig(vocab_size=330))
+    said = interrupted(
+        config, tmp_path / "out", lambda: (tmp_path / "here" / "029.txt").write_bytes(b"\0"), monkeypatch
+    )
+    assert "is a binary file" in said
+    assert list((tmp_path / "out").glob(".*.partial")) == []
+
+
+def test_parts_of_a_text_that_is_too_small_are_not_kept(text_config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="too little text for a train split"):
+        prepare(replace(text_config, train_fraction=1e-9), tmp_path, workers=1, **SMALL)
+    assert list(tmp_path.glob(".*.partial")) == []
 
 
 def test_parts_of_another_text_are_not_taken(text_config: DataConfig, tmp_path: Path) -> None:
