@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from data.prepare import prepare
 from data.prepared import SPLITS
@@ -18,6 +17,7 @@ from training.answers import answer_accuracy
 from training.config import load_config
 from training.durable import write_durably
 from training.hardware import Machine
+from training.receipt import run_folder
 from training.run import RUNS, find_checkpoint
 from training.weights import load_weights
 
@@ -35,7 +35,7 @@ def main() -> int:
         if (value := getattr(arguments, name)) is not None:
             require_number(f"--{name.replace('_', '-')}", value, 1)
 
-    folder = Path(arguments.run) if Path(arguments.run).exists() else RUNS / arguments.run
+    folder = run_folder(arguments.run, RUNS)
     if not (folder / "config.yaml").is_file():
         known = [path.parent.name for path in RUNS.glob("*/config.yaml")]
         raise InputError(f"{arguments.run}: no run (no config.yaml){nearest(arguments.run, known)}")

@@ -1,23 +1,27 @@
-"""Draws a run's curves as one page that needs no network: python -m scripts.plot_run runs/<run_id>."""
+"""Draws a run's curves as one page that needs no network: python -m scripts.plot_run RUN."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from analysis.curves import run_figure
-from errors import InputError, exit_with
+from errors import InputError, exit_with, nearest
 from training.metrics import read_metrics
-from training.receipt import read_receipt
+from training.receipt import read_receipt, run_folder
+from training.run import RUNS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw the curves of a run into its folder (curves.html).")
-    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo-20260101-120000")
-    folder = parser.parse_args().run
+    parser.add_argument("run", help="a run id, or a run folder")
+    name = parser.parse_args().run
+    folder = run_folder(name, RUNS)
+    if not folder.is_dir():
+        known = [path.parent.name for path in RUNS.glob("*/receipt.json")]
+        raise InputError(f"{name}: no such run under {RUNS}/{nearest(name, known)}")
     records = read_metrics(folder)
     if not records:
-        raise InputError(f"{folder}: no metrics.jsonl with records; expected a run folder under runs/")
+        raise InputError(f"{folder}: no metrics.jsonl with records; expected a run that has logged a step")
     receipt = read_receipt(folder)
     letters = receipt.get("model", {}).get("letters", "")
     page = folder / "curves.html"

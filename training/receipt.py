@@ -181,6 +181,14 @@ def read_receipt(folder: str | Path) -> dict[str, Any]:
         return {}
 
 
+def run_folder(name: str, runs: Path) -> Path:
+    """A run's id or a path: runs/NAME if a run is there, whatever else has that name where one stands; else NAME if
+    there is such a path, else runs/NAME, which may not be there."""
+    inside, outside = runs / name, Path(name)
+    is_run = (inside / RECEIPT).is_file() or (inside / "config.yaml").is_file()  # the second: begun, or queued
+    return outside if outside.exists() and not is_run else inside
+
+
 def _skeleton(run_id: str) -> dict[str, Any]:
     return {
         "run_id": run_id,

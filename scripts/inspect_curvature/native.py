@@ -20,7 +20,7 @@ from training.checkpoint import Checkpointer
 from training.checkpoint_folder import NAME, load_state, step_of
 from training.config import RunConfig, load_config
 from training.manifest import MANIFEST
-from training.receipt import read_receipt
+from training.receipt import read_receipt, run_folder
 from training.run import RUNS, find_checkpoint
 from training.weights import load_weights
 
@@ -56,7 +56,7 @@ class RunSource:
 
 def open_run(name: str, runs: Path = RUNS) -> RunSource:
     """A run id, a run folder or a checkpoint folder. Raises InputError: nothing there, no run, no valid checkpoint."""
-    path = Path(name) if Path(name).exists() else runs / name
+    path = run_folder(name, runs)
     if not path.exists():
         known = [receipt.parent.name for receipt in runs.glob("*/receipt.json")]
         raise InputError(f"{name}: no run or checkpoint{nearest(name, known)}")

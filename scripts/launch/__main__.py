@@ -31,7 +31,7 @@ from scripts.launch.status import ALIVE, RunStatus, describe, print_list, print_
 from training.config import RunConfig, load_config
 from training.durable import replace_atomically
 from training.ownership import OWNER
-from training.receipt import read_receipt
+from training.receipt import read_receipt, run_folder
 from training.run import RUNS, new_run_id
 
 STOP_SECONDS = 300
@@ -228,7 +228,7 @@ def _check_job(job: Job, config: RunConfig) -> None:
 
 def _folder(name: str) -> Path:
     """A run id, or the path of a run folder. Raises InputError naming the nearest."""
-    folder = RUNS / name if (RUNS / name).is_dir() else Path(name)
+    folder = run_folder(name, RUNS)
     if not folder.is_dir() or folder.resolve() == RUNS.resolve():
         known = [path.parent.name for path in RUNS.glob("*/config.yaml")]
         raise InputError(f"{name}: no such run under {RUNS}/{nearest(name, known)}")
