@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.workers import cores
+from training.durable import sha256_file
 
 PACKAGES = ("numpy", "numba", "sentencepiece", "safetensors", "triton", "mamba-ssm", "causal-conv1d")
 
@@ -38,6 +39,26 @@ def git_state(folder: str | Path = ".") -> dict[str, str | None]:
         "commit": commit.decode().strip() if commit else None,
         "dirty_sha256": digest.hexdigest() if diff or names else None,
     }
+
+
+def shared_facts(config_sha256: str, corpus_sha256: str, kernels: dict[str, str]) -> dict[str, str]:
+    """What every rank of a run must see alike: a machine with an old checkout or without a kernel trains along unseen.
+
+    kernels: operation -> name.
+    """
+    known = {"config": config_sha256, "corpus": corpus_sha256, "code": code_sha256(), "torch": str(torch.__version__)}
+    return {**known, **{f"kernel for {operation}": name for operation, name in kernels.items()}}
+
+
+def code_sha256() -> str:
+    """Of every Python file that a training run can import from here. Needs no git, which a machine may lack."""
+    root = Path(__file__).parents[1]
+    packages = ("model", "blocks", "losses", "data", "analysis", "training")
+    files = [*root.glob("*.py"), *(path for package in packages for path in (root / package).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def describe_environment(device: torch.device | None = None) -> dict[str, Any]:

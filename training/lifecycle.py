@@ -25,7 +25,7 @@ from training.config import RunConfig
 from training.distributed import World
 from training.drift import DriftMonitor, device_memory
 from training.durable import replace_atomically
-from training.environment import describe_environment, git_state
+from training.environment import describe_environment, git_state, shared_facts
 from training.evaluate import sample_text, validate
 from training.hardware import Machine
 from training.measured import Measured, State, step_metrics
@@ -89,7 +89,7 @@ class Run:
         config, folder = self.config, self.folder
         letters = "".join(self.model.letters)
         folder.resumes = self.world.from_main(self._claim)
-        facts = {"config": config.sha256, "corpus": self.data.manifest_sha256, "torch": str(torch.__version__)}
+        facts = shared_facts(config.sha256, self.data.manifest_sha256, self.machine.kernels(letters))
         self.agreement = self.world.agree(facts)
         self.restored = state = self.saver.restore()
         if not self.world.is_main:

@@ -93,9 +93,10 @@ def test_a_wire_cut_on_one_rank_refuses_all(place):
 
 
 @pytest.mark.slow
-def test_a_rank_with_another_config_refuses_all(place):
-    refused = job(place, "fsdp2", "other:1", "odd")
-    assert refused.returncode != 0 and "rank 1: has another config than rank 0" in refused.stderr
+@pytest.mark.parametrize(("mishap", "what"), [("other:1", "config"), ("code:1", "code")])
+def test_a_rank_with_another_config_or_checkout_refuses_all(place, mishap, what):
+    refused = job(place, "fsdp2", mishap, "odd")
+    assert refused.returncode != 0 and f"rank 1: has another {what} than rank 0" in refused.stderr
 
 
 @pytest.fixture

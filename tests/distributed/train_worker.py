@@ -1,8 +1,8 @@
 """train.py with a mishap: torchrun ... train_worker.py MISHAP train-arguments...
 
 none; stop:N = this job is asked to stop after step N; cut:R = on rank R the collector detaches what it collects;
-other:R = rank R was given another config; dead:R = on rank R the embedding's state is detached for STP after 25 calls;
-alone:R = rank R alone meets bad input after its second step.
+other:R = rank R was given another config; code:R = rank R runs other code; dead:R = on rank R the embedding's state is
+detached for STP after 25 calls; alone:R = rank R alone meets bad input after its second step.
 """
 
 import os
@@ -13,6 +13,7 @@ import train
 from errors import InputError
 from losses.objective import Objective
 from model.hybrid import HybridLM, HybridOutput
+from training import environment
 from training.lifecycle import Run
 
 
@@ -76,6 +77,8 @@ if __name__ == "__main__":
         alone_on(int(argument))
     elif mishap == "dead":
         dead_on(int(argument))
+    elif mishap == "code" and os.environ.get("RANK") == argument:
+        environment.code_sha256 = lambda: "an older checkout"
     elif mishap == "other" and os.environ.get("RANK") == argument:
         sys.argv.append("seed=5")
     train.exit_with(train.main)

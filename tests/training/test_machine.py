@@ -9,7 +9,7 @@ import torch
 
 from errors import InputError
 from training import machine
-from training.environment import cores, describe_environment, git_state
+from training.environment import code_sha256, cores, describe_environment, git_state, shared_facts
 from training.machine import (
     configure_threads,
     gemm_gflops,
@@ -155,3 +155,27 @@ def test_environment_is_json_and_says_what_matters():
     assert json.loads(json.dumps(environment)) == environment
     assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
     assert environment["cores"] == cores() >= 1 and environment["cpu"]
+
+
+def test_code_is_known_by_its_files(tmp_path, monkeypatch):
+    import training.environment
+
+    (tmp_path / "training").mkdir()
+    (tmp_path / "blocks").mkdir()
+    for name in ("train.py", "training/environment.py", "blocks/ablock.py"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(training.environment, "__file__", str(tmp_path / "training/environment.py"))
+    seen = [code_sha256()]
+    (tmp_path / "blocks/ablock.py").write_text("another")
+    seen.append(code_sha256())
+    (tmp_path / "blocks/ablock.py").rename(tmp_path / "blocks/eblock.py")
+    seen.append(code_sha256())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/notes.py").write_text("no code of ours")
+    assert code_sha256() == seen[-1] and len(set(seen)) == 3
+
+
+def test_a_kernel_that_one_machine_lacks_is_a_fact_that_differs():
+    here, there = (shared_facts("c", "d", {"attention": name}) for name in ("flex", "reference"))
+    assert [name for name in here if here[name] != there[name]] == ["kernel for attention"]
+    assert {"config", "corpus", "code", "torch"} < set(here)
