@@ -31,7 +31,7 @@ from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, require, require_choice, require_number
 from training.building import Fill
 from training.compile import compile_blocks
-from training.meeting import meet, part
+from training.meeting import leave_together, meet
 from training.recompute import RECOMPUTE, recompute
 from training.sharding import GATHERED, shard
 from training.shared_errors import SHARED, tell, told_error
@@ -131,7 +131,7 @@ class World:
         except SHARED as error:
             traceback.clear_frames(error.__traceback__)  # they hold the model
             line = f"{type(error).__name__}: {error}"
-            spoken = part(store, rank, size, line, PARTING) == line and rank != 0
+            spoken = leave_together(store, rank, size, line, PARTING) == line and rank != 0
             cast(Any, error).spoken = spoken  # by rank 0, see errors.exit_with
             world.mesh = None
             teardown(error)
@@ -141,7 +141,7 @@ class World:
             world.mesh = None
             teardown(error)
             raise
-        part(store, rank, size, "", timeout)
+        leave_together(store, rank, size, "", timeout)
         world.mesh = None
         teardown()
 

@@ -61,7 +61,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> tuple[d
     return dist.PrefixStore(name, store), again
 
 
-def part(store: dist.Store, rank: int, size: int, line: str, timeout: timedelta) -> str | None:
+def leave_together(store: dist.Store, rank: int, size: int, line: str, timeout: timedelta) -> str | None:
     """Tells with which line this rank leaves ("": none) and waits for the others; what rank 0 leaves with.
 
     None: not all of them left within `timeout`, or the store went down with one.

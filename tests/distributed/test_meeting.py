@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from errors import InputError
-from training.meeting import meet, part
+from training.meeting import leave_together, meet
 
 SOON = timedelta(seconds=5)
 
@@ -74,11 +74,11 @@ def test_restart_counts_of_nodes_may_differ(store, monkeypatch):
 
 def test_they_part_with_the_line_of_rank_0(store):
     lines = ["no such file", "rank 1 says more", ""]
-    found = everyone(store, 3, lambda mine, rank: part(mine, rank, 3, lines[rank], SOON))
+    found = everyone(store, 3, lambda mine, rank: leave_together(mine, rank, 3, lines[rank], SOON))
     assert found == ["no such file"] * 3
 
 
 def test_one_that_fails_alone_does_not_wait_long(store):
     since = time.monotonic()
-    assert part(client(store), 1, 2, "alone", timedelta(seconds=0.5)) is None
+    assert leave_together(client(store), 1, 2, "alone", timedelta(seconds=0.5)) is None
     assert time.monotonic() - since < 3
