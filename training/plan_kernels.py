@@ -91,6 +91,20 @@ def _m2rnn_backward_cuda(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *rest:
     return F32 * (q.numel() + k.numel() + 3 * v.numel() + per_head + states + batch * weight.numel())
 
 
+def _chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, segment_ids: Tensor, chunk: int
+) -> int:
+    """Summed decays, states per chunk and C B^T per chunk and group, all float32."""
+    (batch, length, n_heads, head_dim), (n_groups, d_state) = x.shape, B.shape[2:]
+    per_chunk = n_heads * head_dim * d_state + n_groups * chunk * chunk
+    return F32 * (dt.numel() + batch * -(-length // chunk) * per_chunk)
+
+
+def _chunk_scan_backward(dy: Tensor, y: Tensor, *inputs: Any) -> int:
+    """The same again and its gradients."""
+    return 2 * _chunk_scan(*inputs)
+
+
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, need_gradient: bool) -> int:
     """Packed words, the logits of one chunk (and in bfloat16 its gradient and the words once more)."""
     tokens = min(labels.numel(), chunk or linear_cross_entropy.chunk_tokens(weight.shape[0], hidden.dtype))
@@ -117,6 +131,8 @@ SCRATCH: dict[str, dict[str, Callable[..., int]]] = {
         "amer::linear_cross_entropy": _head,
     },
     "cuda": {
+        "amer::mamba_chunk_scan": _chunk_scan,
+        "amer::mamba_chunk_scan_backward": _chunk_scan_backward,
         "amer::m2rnn": _m2rnn_cuda,
         "amer::m2rnn_backward": _m2rnn_backward_cuda,
         "amer::linear_cross_entropy": _head_cuda,
@@ -134,9 +150,7 @@ def cuda_branches() -> Iterator[None]:
         (blocks.ablock, "document_attention", lambda q, k, v, *_: FlexAttention.apply(q, k, v)),
         (mamba2, "kernel_name", lambda *_: ssd.CUDA_KERNEL),
         (ssd, "kernel_name", lambda *_: ssd.CUDA_KERNEL),
-        (ssd, "cuda_kernel", lambda: (_chunk_scan, "a stand-in")),
         (causal_conv, "kernel_name", lambda *_: causal_conv.CUDA_KERNEL),
-        (causal_conv, "cuda_kernel", lambda: (_convolution, "a stand-in")),
         (m2rnn_mixer, "kernel_name", lambda *_: m2rnn.TRITON),
         (grouped_experts, "kernel_name", lambda *_: grouped_experts.CUDA_KERNEL),
         # bincount: its length depends on values as far as fake tensors know
@@ -180,57 +194,3 @@ class FlexAttention(torch.autograd.Function):
         q, k, v, _, lse = ctx.saved_tensors
         torch.empty_like(lse)  # the row sums of output x gradient
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor, activation: str) -> Tensor:
-    return Convolution.apply(x, weight, bias)
-
-
-class Convolution(torch.autograd.Function):
-    """causal_conv1d_fn keeps its input and weights, and computes the convolution again in its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
-
-
-def _chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, D: Tensor, seq_idx: Tensor
-) -> Tensor:
-    return ChunkScan.apply(x, dt, A, B, C, D, chunk)
-
-
-class ChunkScan(torch.autograd.Function):
-    """mamba_chunk_scan_combined keeps its inputs, its output and the summed decays; states and the products of C and B
-    exist inside each pass, and the backward pass computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int) -> Tensor:
-        ctx.chunk = chunk
-        decays = dt.new_empty(dt.shape, dtype=torch.float32)
-        inside = ChunkScan.inside(x, B, chunk)
-        out = torch.empty_like(x)
-        ctx.save_for_backward(x, dt, A, B, C, D, out, decays)
-        del inside
-        return out
-
-    @staticmethod
-    def inside(x: Tensor, B: Tensor, chunk: int) -> list[Tensor]:
-        """States per chunk (float32) and C B^T per chunk and group."""
-        (batch, length, n_heads, head_dim), (n_groups, d_state) = x.shape, B.shape[2:]
-        n_chunks = -(-length // chunk)
-        states = x.new_empty(batch, n_chunks, n_heads, head_dim, d_state, dtype=torch.float32)
-        return [states, x.new_empty(batch, n_chunks, n_groups, chunk, chunk, dtype=torch.float32)]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, _, decays = ctx.saved_tensors
-        inside = [ChunkScan.inside(x, B, ctx.chunk), ChunkScan.inside(x, B, ctx.chunk)]  # and their gradients
-        found = [torch.empty_like(tensor) for tensor in (x, dt, A, B, C, D)]
-        inside.append([torch.empty_like(decays)])
-        return (*found, None)

@@ -6,8 +6,8 @@ death through forward and backward. What an operator allocates and frees inside 
 comes from `SCRATCH`.
 
 Two sets of kernels: "cpu" is what a CPU runs (checked against measured peaks: scripts.plan --measure). "cuda" takes the
-branches that a GPU takes, with stand-ins of the same inputs, outputs and saved tensors for its kernels that are not
-ours (fused RMSNorm, flex attention, causal_conv1d, mamba_chunk_scan_combined): no GPU has confirmed it yet.
+branches that a GPU takes, with stand-ins of the same inputs, outputs and saved tensors for the kernels that are not
+operators of ours (fused RMSNorm, flex attention): no GPU has confirmed it yet.
 """
 
 from __future__ import annotations

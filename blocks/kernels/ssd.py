@@ -4,14 +4,16 @@ Per head, with the state h (P, N) and its decay exp(dt A), starting from zero at
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
-On CUDA `mamba_chunk_scan_combined` of mamba-ssm where it imports (unmeasured: no GPU has run it here yet); else plain
-torch. On a CPU the M block runs it inside its fused Numba kernel (ssd_cpu.py).
+On CUDA `mamba_chunk_scan_combined` of mamba-ssm where it imports (unmeasured: no GPU has run it here yet), as one
+operator that torch.compile does not look into; else plain torch. On a CPU the M block runs it inside its fused Numba
+kernel (ssd_cpu.py).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +27,16 @@ CUDA_CHUNK = 256  # what the Triton kernels are tuned for; the configured chunk 
 
 
 @functools.cache
-def cuda_kernel() -> tuple[Callable[..., Tensor] | None, str]:
-    """`mamba_chunk_scan_combined`, or None and why it does not import. Tried once, only when asked."""
+def cuda_kernel() -> tuple[tuple[Callable[..., Tensor], Callable[..., tuple[Any, ...]]] | None, str]:
+    """Forward and backward pass of mamba-ssm, or None and why they do not import. Tried once, only when asked."""
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd, mamba_chunk_scan_combined
     except Exception as reason:  # its imports raise more than ImportError: AttributeError, RuntimeError, ...
         return None, f"{type(reason).__name__}: {reason}"
-    return mamba_chunk_scan_combined, "imported"
+    return (mamba_chunk_scan_combined, _mamba_chunk_scan_combined_bwd), "imported"
 
 
+@torch.compiler.assume_constant_result  # else dynamo would trace the import: it does not see functools.cache
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `ssd` runs for this device and dtype."""
     if device.type != "cuda" or dtype not in CUDA_DTYPES:
@@ -52,9 +55,7 @@ def ssd(
     """
     if kernel_name(x.device, x.dtype) != CUDA_KERNEL:
         return ssd_reference(x, dt, A, B, C, D, segment_ids, chunk_size)
-    kernel, _ = cuda_kernel()
-    assert kernel is not None
-    return kernel(x, dt, A, B, C, CUDA_CHUNK, D=D, seq_idx=segment_ids.contiguous())
+    return torch.ops.amer.mamba_chunk_scan(x, dt, A, B, C, D, segment_ids.contiguous(), CUDA_CHUNK)
 
 
 def ssd_reference(
@@ -98,3 +99,57 @@ def ssd_reference(
         y = y + from_start[..., None] * torch.einsum("bcgqn,bcghpn->bcghqp", queries, torch.stack(carried, dim=1))
         y = y + values * rearrange(D.to(wide), "(g h) -> g h 1 1", g=n_groups)
         return rearrange(y, "b c g h q p -> b (c q) (g h) p")[:, :length].to(x.dtype)
+
+
+@torch.library.custom_op("amer::mamba_chunk_scan", mutates_args=())
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, segment_ids: Tensor, chunk: int) -> Tensor:
+    kernel, reason = cuda_kernel()
+    assert kernel is not None, reason
+    with torch.no_grad():
+        return kernel[0](x, dt, A, B, C, chunk, D=D, seq_idx=segment_ids).contiguous()
+
+
+@_scan.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("amer::mamba_chunk_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    segment_ids: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel, reason = cuda_kernel()
+    assert kernel is not None, reason
+    # dx, ddt, dA, dB, dC, dD, then those of arguments that are not used here
+    grads = kernel[1](dy.contiguous(), x, dt, A, B, C, y, chunk, D=D, seq_idx=segment_ids)[:6]
+    dx, ddt, dA, dB, dC, dD = (g.to(t.dtype).contiguous() for g, t in zip(grads, (x, dt, A, B, C, D), strict=True))
+    return dx, ddt, dA, dB, dC, dD
+
+
+@_scan_backward.register_fake
+def _(
+    dy: Tensor, y: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, ddt, dA, dB, dC, dD = (t.new_empty(t.shape) for t in (x, dt, A, B, C, D))
+    return dx, ddt, dA, dB, dC, dD
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.chunk = inputs
+    ctx.save_for_backward(output, *tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.amer.mamba_chunk_scan_backward(dy, *ctx.saved_tensors, ctx.chunk), None, None
+
+
+_scan.register_autograd(_backward, setup_context=_save)

@@ -47,7 +47,7 @@ def test_the_cuda_kernel_gets_the_layout_that_it_expects(monkeypatch, channels):
         return causal_conv_reference(x.transpose(1, 2), weight, bias, seq_idx).transpose(1, 2)
 
     monkeypatch.setattr(kernels, "kernel_name", lambda device, dtype: kernels.CUDA_KERNEL)
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda: (convolve, "imported"))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda: ((convolve, None), "imported"))
     wide = torch.randn(2, 10, channels + 5)  # as a slice of the projection
     x, weight, bias = wide[..., 5:], torch.randn(channels, 4), torch.randn(channels)
     segment_ids = random_segments(2, 10, 0.3, 0)

@@ -76,7 +76,7 @@ def test_the_cuda_kernel_gets_what_it_expects(monkeypatch):
         return ssd_reference(x, dt, A, B, C, D, seq_idx, chunk_size)
 
     monkeypatch.setattr(kernels, "kernel_name", lambda device, dtype: kernels.CUDA_KERNEL)
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda: (scan, "imported"))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda: ((scan, None), "imported"))
     inputs, segment_ids = scan_inputs(2, 50, 4, 2, head_dim=4, d_state=4), random_segments(2, 50, 0.1, 0)
     assert_close([ssd(*inputs, segment_ids, 16)], [ssd_reference(*inputs, segment_ids, 16)])
 

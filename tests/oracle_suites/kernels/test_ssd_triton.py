@@ -80,8 +80,8 @@ def products_of_numbers(monkeypatch):
 @pytest.fixture
 def triton_scan(without_gpu, monkeypatch):
     """Makes `ssd` call mamba-ssm's kernel, as on a GPU."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    kernels.cuda_kernel.cache_clear()  # an earlier try was outside `without_gpu`
+    assert kernels.cuda_kernel()[1] == "imported"
     if not ON_GPU:
         products_of_numbers(monkeypatch)
         # one configuration each: nothing to time and choose from
@@ -89,7 +89,6 @@ def triton_scan(without_gpu, monkeypatch):
         for value in [v for m in modules for v in vars(m).values() if isinstance(v, triton.runtime.Autotuner)]:
             monkeypatch.setattr(value, "configs", value.configs[-1:])
     monkeypatch.setattr(kernels, "kernel_name", lambda device, dtype: kernels.CUDA_KERNEL)
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda: (mamba_chunk_scan_combined, "imported"))
     monkeypatch.setattr(kernels, "CUDA_CHUNK", CHUNK)
 
 
