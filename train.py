@@ -33,7 +33,7 @@ from training.measured import Measured, over_ranks
 from training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from training.preflight import Preflight
 from training.recompute import repeatable
-from training.run import RunFolder, choose_run
+from training.run import RUNS, RunFolder, choose_run
 from training.schedule import learning_rate_factor
 from training.sharding import keep_gathered
 from training.signals import StopSignals, ends_at_once
@@ -57,16 +57,16 @@ def main() -> int:
     return 0
 
 
-def train(config: RunConfig, name: str, warnings: list[str]) -> None:
-    """One run, on one process or on all that torchrun started."""
+def train(config: RunConfig, name: str, warnings: list[str], runs: Path = RUNS) -> None:
+    """One run, on one process or on all that torchrun started. runs: the folder that its folder is in."""
     machine = Machine.resolve(config)
     with World.join(config.parallel, machine.device) as world:
-        train_in(world, machine, config, name, warnings)
+        train_in(world, machine, config, name, warnings, runs)
 
 
-def train_in(world: World, machine: Machine, config: RunConfig, name: str, warnings: list[str]) -> None:
+def train_in(world: World, machine: Machine, config: RunConfig, name: str, warnings: list[str], runs: Path) -> None:
     """To the token budget or a stop signal. Whatever can be known about the run is in its folder afterwards."""
-    folder = RunFolder.from_json(world.from_main(lambda: choose_run(config, name, again=world.again).as_json()))
+    folder = RunFolder.from_json(world.from_main(lambda: choose_run(config, name, runs, world.again).as_json()))
     with show_progress() as progress:
         data = world.main_first(lambda: prepare(config.data, progress=progress))
 

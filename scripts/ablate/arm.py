@@ -8,7 +8,6 @@ FOLDER holds config.yaml. What is done already is not done again: a finished run
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import shutil
@@ -31,7 +30,6 @@ from training.config import RunConfig, load_config
 from training.durable import replace_atomically
 from training.hardware import Machine
 from training.receipt import read_receipt
-from training.run import choose_run
 from training.weights import load_weights
 
 EVALUATION = "evaluation.json"
@@ -49,8 +47,7 @@ def main() -> int:
     config = load_config(folder / "config.yaml", [f"run_id={folder.name}", "resume=auto"])
     warnings = config.validate()
     if read_receipt(folder).get("status") != "finished":
-        train.choose_run = functools.partial(choose_run, runs=folder.parent)
-        train.train(config, folder.name, warnings)
+        train.train(config, folder.name, warnings, runs=folder.parent)
     settings = Evaluation(arguments.answers, arguments.limit, arguments.curvature_rows)
     found = evaluate(folder, config, settings)
     content = {"settings": asdict(settings), "metrics": found}

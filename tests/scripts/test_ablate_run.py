@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from ablate_runs import GRID, ablate, make_grid, run, use_stand_ins
 from rich.console import Console
 from tiny_run import ROOT
 
+import train
 from errors import InputError
-from scripts.ablate import runner, slurm
+from scripts.ablate import arm, runner, slurm
 from scripts.ablate.grid import load_grid
 from scripts.ablate.results import check_folder, is_done, result_rows, run_folder, write_results
 from scripts.launch.job import Job
+from training.config import TrainConfig
 
 
 @pytest.fixture
@@ -200,6 +203,16 @@ def test_slurm_gets_one_job_per_run_and_none_twice(grid, monkeypatch):
     assert Job.read(run_folder(grid, grid.cells[0])).slurm_job == "1"
     slurm.submit_all(grid, ["--partition=cpu"], console)
     assert [call[0] for call in calls[6:]] == ["squeue"] * 6
+
+
+def test_a_run_of_a_grid_moves_no_other_run(grid, monkeypatch):
+    """Where it lives is told to it, not to the process: the next run is in runs/ as ever."""
+    cell = replace(grid.cells[0], config=replace(grid.cells[0].config, train=TrainConfig(tokens=100, batch_rows=2)))
+    folder = runner.prepare_folder(grid, cell)
+    monkeypatch.setattr(sys, "argv", ["scripts.ablate.arm", str(folder), "--curvature-rows=0"])
+    assert arm.main() == 0 and (folder / "receipt.json").is_file()
+    train.train(replace(cell.config, run_id="mine"), "tiny", [])
+    assert Path("runs/mine/receipt.json").is_file()
 
 
 def start_command(place):
