@@ -107,16 +107,21 @@ def _chunk_scan_backward(dy: Tensor, y: Tensor, *inputs: Any) -> int:
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, need_gradient: bool) -> int:
     """Packed words, the logits of one chunk (and in bfloat16 its gradient and the words once more)."""
-    tokens = min(labels.numel(), chunk or linear_cross_entropy.chunk_tokens(weight.shape[0], hidden.dtype))
+    tokens = min(labels.numel(), chunk or linear_cross_entropy.chunk_tokens(weight.shape[0], hidden.dtype, "cpu"))
     if hidden.dtype == torch.bfloat16:
         return 2 * 2 * weight.numel() + 6 * tokens * weight.shape[0]
     return F32 * (weight.numel() + tokens * weight.shape[0])
 
 
 def _head_cuda(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, need_gradient: bool) -> int:
-    """The weight in the products' dtype, and per chunk log probabilities, their gradient and its cast."""
-    tokens = min(labels.numel(), chunk or linear_cross_entropy.chunk_tokens(weight.shape[0], hidden.dtype))
-    return hidden.element_size() * weight.numel() + 12 * tokens * weight.shape[0] + F32 * weight.numel()
+    """The weight in the products' dtype, and per chunk logits and log probabilities (float32), or the gradient of the
+    logits and its two products."""
+    n_words = weight.shape[0]
+    tokens = min(labels.numel(), chunk or linear_cross_entropy.chunk_tokens(n_words, hidden.dtype, "cuda"))
+    size = hidden.element_size()
+    cast = size * weight.numel() if hidden.dtype != weight.dtype else 0
+    products = size * (tokens * n_words + weight.numel()) if need_gradient else 0
+    return cast + max(2 * F32 * tokens * n_words, products)
 
 
 # kernels -> operator -> bytes that it allocates inside beyond its results, from its arguments

@@ -23,6 +23,8 @@ from blocks.kernels.numba_math import as_numpy, launch_threads
 IGNORE_INDEX = -100
 AUTO_CHUNK = 0
 CHUNK_BYTES = 16 * 2**20  # of logits and their gradient: large enough for the products, small enough for a cache
+# of a GPU's float32 logits: every chunk reads the weight and adds to its gradient, so few of them (unmeasured)
+CUDA_CHUNK_BYTES = 512 * 2**20
 CPU_KERNEL = "chunked linear cross-entropy (Numba)"
 TORCH_KERNEL = "chunked linear cross-entropy (torch)"
 
@@ -33,8 +35,11 @@ def kernel_name(device: torch.device, dtype: torch.dtype, d_model: int = 16) -> 
     return CPU_KERNEL if fits else TORCH_KERNEL
 
 
-def chunk_tokens(n_words: int, dtype: torch.dtype) -> int:
-    """Tokens per chunk: 128 to 512, so that a chunk's logits (and bfloat16 gradient) take about CHUNK_BYTES."""
+def chunk_tokens(n_words: int, dtype: torch.dtype, device: str) -> int:
+    """Tokens per chunk. On a CPU 128 to 512, so that a chunk's logits (and bfloat16 gradient) take about CHUNK_BYTES;
+    on other devices (device: their type) 2,048 to 8,192, so that its float32 logits take about CUDA_CHUNK_BYTES."""
+    if device != "cpu":
+        return max(2048, min(8192, CUDA_CHUNK_BYTES // (4 * n_words) // 256 * 256))
     word_bytes = 6 if dtype == torch.bfloat16 else 4
     return max(128, min(512, CHUNK_BYTES // (word_bytes * n_words) // 64 * 64))
 
@@ -65,7 +70,7 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed loss, per-token losses (N,), d sum / d hidden (N, D) and / d weight (V, D), empty if not needed."""
-    chunk = chunk if chunk != AUTO_CHUNK else chunk_tokens(weight.shape[0], hidden.dtype)
+    chunk = chunk if chunk != AUTO_CHUNK else chunk_tokens(weight.shape[0], hidden.dtype, hidden.device.type)
     if labels.device.type == "cpu" and bool(
         ((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))).any()
     ):
@@ -97,18 +102,26 @@ def _torch_form(
     grad_hidden = hidden.new_empty(hidden.shape if need_gradient else 0)
     grad_weight = weight.new_zeros(weight.shape if need_gradient else 0, dtype=wide)
     for start in range(0, hidden.shape[0], chunk):
-        part, label = hidden[start : start + chunk], labels[start : start + chunk]
-        scored = label != IGNORE_INDEX
-        target = torch.where(scored, label, 0)[:, None]
-        log_p = (part @ weight.T).to(wide).log_softmax(dim=-1)
-        losses[start : start + chunk] = -log_p.gather(1, target)[:, 0] * scored
-        if need_gradient:
-            grad_logits = log_p.exp_()
-            grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
-            grad_logits = (grad_logits * scored[:, None]).to(weight.dtype)
-            grad_hidden[start : start + chunk] = grad_logits @ weight
+        part, rows = hidden[start : start + chunk], slice(start, start + chunk)
+        losses[rows], grad_logits = _torch_chunk(part, weight, labels[rows], need_gradient)
+        if grad_logits is not None:
+            grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.T @ part
+        del grad_logits  # before the next chunk's logits are made
     return losses, grad_hidden, grad_weight
+
+
+def _torch_chunk(part: Tensor, weight: Tensor, label: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses and the gradient of the logits. At most two float32 tensors of the logits' size at once."""
+    scored = label != IGNORE_INDEX
+    target = torch.where(scored, label, 0)[:, None]
+    log_p = (part @ weight.T).to(torch.promote_types(part.dtype, torch.float32)).log_softmax(dim=-1)
+    losses = -log_p.gather(1, target)[:, 0] * scored
+    if not need_gradient:
+        return losses, None
+    grad_logits = log_p.exp_()
+    grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad_logits.dtype))
+    return losses, grad_logits.mul_(scored[:, None]).to(weight.dtype)
 
 
 def _flat(*tensors: Tensor) -> list[Any]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blocks.kernels.linear_cross_entropy import CPU_KERNEL, TORCH_KERNEL, kernel_name
+from blocks.kernels.linear_cross_entropy import CPU_KERNEL, TORCH_KERNEL, chunk_tokens, kernel_name
 from losses.lm import lm_loss_sum, lm_token_losses
 
 # gradients relative to their norm; bfloat16: inputs are rounded first, probabilities are rounded once inside
@@ -167,3 +167,12 @@ def test_names_its_kernel():
     cpu = torch.device("cpu")
     assert kernel_name(cpu, torch.float32, 32) == kernel_name(cpu, torch.bfloat16, 32) == CPU_KERNEL
     assert kernel_name(cpu, torch.float64, 32) == kernel_name(cpu, torch.float32, 20) == TORCH_KERNEL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_words", [16384, 32000, 50257, 65536])
+def test_a_chunk_fits_the_cache_of_a_cpu_and_fills_a_gpu(n_words, dtype):
+    """On a GPU each chunk reads the weight and adds to its gradient, so there are few of them."""
+    assert 128 <= chunk_tokens(n_words, dtype, "cpu") <= 512
+    assert 2048 <= chunk_tokens(n_words, dtype, "cuda") <= 8192
+    assert 0.45 <= 4 * n_words * chunk_tokens(n_words, dtype, "cuda") / 2**30 <= 1
