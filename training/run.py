@@ -15,7 +15,7 @@ from errors import InputError, Stopped, nearest
 from training.checkpoint import Checkpointer
 from training.config import RunConfig, differing_keys, load_config
 from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner, way_out
-from training.receipt import RECEIPT, read_receipt
+from training.receipt import RECEIPT, read_receipt, run_folder
 
 RUNS = Path("runs")
 # What a process that dies right after its start leaves: not a run yet, so that its id stays usable.
@@ -148,7 +148,7 @@ def new_run_id(config_name: str, runs: Path = RUNS) -> str:
 
 def find_checkpoint(name: str, runs: Path = RUNS) -> Path:
     """The newest valid checkpoint of a run (its id or folder), or a checkpoint folder itself. Raises InputError."""
-    path = Path(name) if Path(name).exists() else runs / name
+    path = run_folder(name, runs)
     if (path / "manifest.json").is_file():
         return path
     if not path.is_dir():

@@ -9,6 +9,7 @@ from launch_cases import launch, write_run
 from errors import InputError
 from scripts import evaluate_nlrx, plot_run
 from scripts.inspect_curvature.native import open_run
+from training.run import find_checkpoint
 
 
 @pytest.fixture
@@ -35,6 +36,8 @@ def test_every_command_finds_the_run(place, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["evaluate_nlrx", name])
     with pytest.raises(InputError, match="runs/docs has no valid checkpoint"):
         evaluate_nlrx.main()
+    with pytest.raises(InputError, match="runs/docs has no valid checkpoint"):
+        find_checkpoint(name)  # init_from, export
 
 
 def test_a_path_is_a_path_and_a_name_of_nothing_has_a_nearest(place, monkeypatch):
