@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from analysis.cadence import cheap_metrics
+from blocks.eblock import balance
 from data.loader import Prefetcher
 from data.prepare import prepare
 from data.progress import show_progress
@@ -94,6 +95,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
         with Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:
             # A run that was killed between its last save and its end has nothing left to do but to say so.
             for batch in batches if state.tokens < config.train.tokens else ():
+                loss_tokens = batch.loss_tokens  # counted here, where no device has to be waited for
                 batch = batch.to(machine.device)
                 triples = objective.draw(batch.document_ids, batch.row_ids, state.step) if config.stp.enabled else None
                 stp_weight = gate.weight(state.tokens) if config.stp.enabled else 0.0
@@ -102,7 +104,6 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                     triples = None  # while the gate is closed, STP is measured (without gradient) at a cadence only
 
                 # Sums are divided by the counts of the whole step, so that micro-batches of any size add up.
-                loss_tokens = batch.loss_tokens
                 stp_divisor = objective.divisor(triples) if triples is not None else None
                 measured = Measured()
                 for number, rows in enumerate(micro_batches):
@@ -114,7 +115,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                             model.head.weight,
                             batch.labels[rows],
                             triples.select(rows) if triples is not None else None,
-                            stp_weight=torch.tensor(stp_weight, device=machine.device) if stp_weight else None,
+                            stp_weight=torch.full((), stp_weight, device=machine.device) if stp_weight else None,
                             lm_divisor=max(loss_tokens, 1),
                             stp_divisor=stp_divisor,
                         )
@@ -128,16 +129,18 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
                     measured.add(loss)
                     del output, loss  # else the states at every boundary stay while the next forward makes new ones
 
-                over_ranks(measured, world, signals)
                 grad_norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
+                over_ranks(measured, world, signals)  # here the host waits for the device, once per step
                 progress_made = (state.tokens + loss_tokens) / config.train.tokens
                 factor = learning_rate_factor(config.schedule, progress_made)
                 set_learning_rate(optimizer, factor * config.optimizer.learning_rate)
                 accepted = guard.accepts(measured, grad_norm, batch, state)
                 if accepted:
                     optimizer.step()
-                for mixer in model.moe_mixers():
-                    mixer.update_bias(world.sum) if accepted else mixer.start_counting()
+                    balance(model.moe_mixers(), world.sum)
+                else:
+                    for mixer in model.moe_mixers():
+                        mixer.start_counting()
                 optimizer.zero_grad(set_to_none=True)
 
                 run.record(state, measured, grad_norm, stp_weight, accepted, loss_tokens)

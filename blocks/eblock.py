@@ -6,9 +6,9 @@ their weights come from the scores without the bias. `n_experts: 1` is a plain d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -162,16 +162,10 @@ class MoE(nn.Module):
         return self.mix(x), state
 
     @torch.no_grad()
-    def update_bias(self, reduce: Callable[[Tensor], None] | None = None) -> None:
-        """Once per optimizer step: bias += rate * sign(mean - count), mean-centred; then the counts start anew.
-
-        reduce sums a tensor over data-parallel ranks in place.
-        """
+    def update_bias(self) -> None:
+        """Once per optimizer step: bias += rate * sign(mean - count), mean-centred; then the counts start anew."""
         if self.dense is not None:
             return
-        if reduce is not None:
-            reduce(self.counts)
-            reduce(self.entropy)
         load = self.counts.to(self.expert_bias.dtype)
         self.expert_bias += self.bias_update_rate * (load.mean() - load).sign()
         self.expert_bias -= self.expert_bias.mean()
@@ -214,6 +208,22 @@ class MoE(nn.Module):
             routed = self.up_proj.numel() + self.down_proj.numel()
             active += self.router.weight.numel() + routed * self.top_k / self.n_experts
         return int(2 * active)
+
+
+@torch.no_grad()
+def balance(mixers: Sequence[MoE], reduce: Callable[[Tensor], Any]) -> None:
+    """`update_bias` of routed mixers of one config, by the counts of all data-parallel ranks.
+
+    reduce: sums a tensor over ranks in place. It is called once, for all mixers: float64 holds their counts exactly.
+    """
+    if not mixers:
+        return
+    sums = torch.stack([torch.cat([mixer.counts, mixer.entropy]) for mixer in mixers])  # (mixers, E + 2)
+    reduce(sums)
+    for mixer, of_all in zip(mixers, sums, strict=True):
+        mixer.counts.copy_(of_all[:-2])
+        mixer.entropy.copy_(of_all[-2:])
+        mixer.update_bias()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -27,42 +27,41 @@ class State:
 
 @dataclass
 class Measured:
-    """Sums of one optimizer step over its micro-batches. All values are shares of global means, so they add up."""
+    """Sums of one optimizer step over its micro-batches. All values are shares of global means, so they add up.
+
+    They stay on the device (`sums`) until `over_ranks` reads them, once per step: every reading makes the host wait.
+    """
 
     total: float = 0.0
     lm: float = 0.0
-    stp: Tensor | None = None  # (n_boundaries,)
-    masked: Tensor | None = None  # (n_boundaries,) degenerate triples
+    stp: Tensor | None = None  # (n_boundaries,) float64, on the CPU
+    masked: Tensor | None = None  # (n_boundaries,) degenerate triples, likewise
     triples: int = 0
     evidence: dict[str, float] = field(default_factory=dict)
     curvature: dict[str, float] = field(default_factory=dict)  # of this rank's first rows
+    sums: Tensor | None = None  # (2,) total, lm or (3 + 2 n_boundaries,) total, lm, triples, stp, masked; float64
 
     def add(self, loss: ObjectiveOutput) -> None:
-        self.total += float(loss.total.detach())
-        self.lm += float(loss.lm.detach())
+        parts = [loss.total, loss.lm]
         if loss.stp_per_boundary is not None and loss.stp_terms is not None:
-            stp, masked = loss.stp_per_boundary.detach(), loss.stp_terms.n_degenerate
-            self.stp = stp if self.stp is None else self.stp + stp
-            self.masked = masked if self.masked is None else self.masked + masked
-            self.triples += int(loss.stp_terms.n_valid)
+            parts += [loss.stp_terms.n_valid, loss.stp_per_boundary, loss.stp_terms.n_degenerate]
+        values = torch.cat([part.detach().double().flatten() for part in parts])
+        self.sums = values if self.sums is None else self.sums + values
 
 
 def over_ranks(measured: Measured, world: World, signals: StopSignals) -> None:
-    """Sums of all ranks in place of this one's, in one small reduction, which also carries whether any was asked to
-    stop: so that all of them log, judge and leave together."""
-    if world.size == 1:
-        return
-    size = 0 if measured.stp is None else measured.stp.numel()
-    parts = [torch.tensor([measured.total, measured.lm, float(measured.triples)], dtype=torch.float64)]
-    if measured.stp is not None and measured.masked is not None:
-        parts += [measured.stp.double().cpu(), measured.masked.double().cpu()]
-    parts.append(torch.tensor([signals.wished is not None, signals.wished == "preempted"], dtype=torch.float64))
-    whole = world.sum(torch.cat(parts).to(world.device)).cpu()
-    measured.total, measured.lm, measured.triples = float(whole[0]), float(whole[1]), int(whole[2])
-    if measured.stp is not None and measured.masked is not None:
-        measured.stp, measured.masked = whole[3 : 3 + size], whole[3 + size : 3 + 2 * size]
-    if whole[-2] > 0:
-        signals.agree("preempted" if whole[-1] > 0 else "stopped")
+    """Reads the sums, those of all ranks in place of this one's: in one small reduction, which also carries whether any
+    was asked to stop, so that all of them log, judge and leave together."""
+    assert measured.sums is not None
+    wishes = (signals.wished is not None, signals.wished == "preempted")
+    flags = [measured.sums.new_full((1,), float(wish)) for wish in wishes]  # filled there: a copy would wait
+    total, lm, *stp, stop, preempted = world.sum(torch.cat([measured.sums, *flags])).tolist()
+    measured.total, measured.lm = total, lm
+    if stp:
+        measured.triples = int(stp[0])
+        measured.stp, measured.masked = torch.tensor(stp[1:], dtype=torch.float64).chunk(2)
+    if world.size > 1 and stop > 0:
+        signals.agree("preempted" if preempted > 0 else "stopped")
 
 
 def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def step_metrics(measured: Measured, objective: Objective, moe_mixers: list[Any]
     if measured.stp is not None and measured.masked is not None:
         metrics["stp/raw"] = float(measured.stp.mean())
         metrics |= {f"stp/raw/{family}": value for family, value in objective.family_means(measured.stp).items()}
-        metrics["stp/masked_share"] = float(measured.masked.to(torch.float64).mean()) / max(measured.triples, 1)
+        metrics["stp/masked_share"] = float(measured.masked.mean()) / max(measured.triples, 1)
     for number, mixer in enumerate(moe_mixers):
         routing = mixer.metrics()
         metrics |= {f"moe/{name}/{number}": value for name, value in routing.items() if name != "load"}

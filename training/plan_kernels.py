@@ -158,8 +158,6 @@ def cuda_branches() -> Iterator[None]:
         (causal_conv, "kernel_name", lambda *_: causal_conv.CUDA_KERNEL),
         (m2rnn_mixer, "kernel_name", lambda *_: m2rnn.TRITON),
         (grouped_experts, "kernel_name", lambda *_: grouped_experts.CUDA_KERNEL),
-        # bincount: its length depends on values as far as fake tensors know
-        (grouped_experts, "_sort", lambda ids, n: (ids.flatten().argsort(stable=True), ids.new_empty(n))),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocks.eblock import MoE, MoEConfig
+from blocks.eblock import MoE, MoEConfig, balance
 from errors import InputError
 from model.context import SequenceContext
 
@@ -128,15 +128,21 @@ def test_one_update_per_optimizer_step():
     assert abs(mixer.expert_bias.mean()) < 1e-6 and not mixer.counts.any()
 
 
-def test_update_sums_the_counts_of_all_ranks():
-    mixer, x = make_mixer(bias_update_rate=0.25), torch.randn(4, 9, D_MODEL)
-    mixer(x, CONTEXT)
-    others = torch.tensor([1000, 0, 0, 0, 0, 0])
-    load = mixer.counts + others
-    mixer.update_bias(lambda t: t.add_(others) if t.shape == others.shape else None)
-    expected = 0.25 * (load.float().mean() - load).sign()
-    assert torch.allclose(mixer.expert_bias, expected - expected.mean())
-    assert torch.equal(mixer.last_counts, load)
+def test_one_reduction_sums_the_counts_of_all_blocks_and_ranks():
+    mixers, x = [make_mixer(bias_update_rate=0.25) for _ in range(3)], torch.randn(4, 9, D_MODEL)
+    for mixer in mixers:
+        mixer(x, CONTEXT)
+    others = torch.tensor([1000.0, 0, 0, 0, 0, 0, 2.5, 36], dtype=torch.float64)  # of another rank: counts, entropy
+    loads, entropies = [m.counts + others[:6].long() for m in mixers], [m.entropy + others[6:] for m in mixers]
+    calls = []
+    balance(mixers, lambda t: calls.append(t.add_(others)))
+    assert len(calls) == 1
+    for mixer, load, entropy in zip(mixers, loads, entropies, strict=True):
+        expected = 0.25 * (load.float().mean() - load).sign()
+        assert torch.allclose(mixer.expert_bias, expected - expected.mean())
+        assert torch.equal(mixer.last_counts, load) and torch.equal(mixer.last_entropy, entropy)
+        assert not mixer.counts.any() and not mixer.entropy.any()
+    balance([], None)  # a stack without routed experts
 
 
 def test_bias_is_in_the_checkpoint_and_counts_are_not():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from blocks.eblock import MoEConfig
+from blocks.eblock import MoEConfig, balance
 from blocks.mblock import Mamba2Config
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
@@ -96,8 +96,7 @@ def train(world, case):
             values += torch.stack([loss.lm.detach(), loss.stp.detach()]).double()
         norm = clip_gradients(model.parameters(), 1.0)
         optimizer.step()
-        for mixer in model.moe_mixers():
-            mixer.update_bias(world.sum)
+        balance(model.moe_mixers(), world.sum)
         optimizer.zero_grad()
         found.append([*world.sum(values).tolist(), float(norm)])
     if case.save:
