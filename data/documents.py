@@ -105,9 +105,10 @@ _ADVICE = "expected text, .jsonl or .parquet: narrow data.path, e.g. my_texts/*.
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    name = str(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             if not line.strip():
                 continue
             try:
@@ -150,7 +151,8 @@ def checked_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: expected text, got {type(value).__name__}")
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{where}: half a surrogate pair at character {error.start}, which has no UTF-8 form"

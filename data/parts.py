@@ -38,12 +38,31 @@ class Part:
 
     @cached_property
     def payload(self) -> bytes:
-        """The items as one line of JSON: what a tokenising process reads."""
-        return json.dumps(self.items, ensure_ascii=False).encode()
+        """The items as bytes: what a tokenising process reads. A line of JSON, which has the split of each and the
+        bytes of its stretches, and the texts behind it."""
+        texts = [[text.encode() for text, _ in stretches] for _, stretches in self.items]
+        table = [
+            (split, [(len(raw), is_learned) for raw, (_, is_learned) in zip(raws, stretches)])
+            for raws, (split, stretches) in zip(texts, self.items)
+        ]
+        return b"".join([json.dumps(table).encode(), b"\n", *(raw for raws in texts for raw in raws)])
 
     def digest(self, tokenizer: Tokenizer) -> str:
         """Of all that its tokens depend on."""
         return hashlib.blake2b(self.payload, key=tokenizer.sha256[:64].encode(), digest_size=16).hexdigest()
+
+
+def unpack(payload: bytes) -> list[Item]:
+    """The items of a part's payload."""
+    begin = payload.index(b"\n") + 1
+    items: list[Item] = []
+    for split, stretches in json.loads(payload[:begin]):
+        texts = []
+        for size, is_learned in stretches:
+            texts.append((payload[begin : begin + size].decode(), is_learned))
+            begin += size
+        items.append((split, texts))
+    return items
 
 
 def cut(documents: Iterable[tuple[Document, str]], part_bytes: int = PART_BYTES) -> Iterator[Part]:

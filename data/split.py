@@ -6,11 +6,16 @@ Every decision is by hash, of a document or of the group that it belongs to: it 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import numpy as np
 
 from data.corpora import Corpus
 from data.documents import Document, chunks
+from data.seen import Seen
 from errors import InputError
 
 # Up to here a corpus is read once and kept; a larger one is read again for each pass.
@@ -18,9 +23,14 @@ _KEEP_BYTES = 512 << 20
 # With more groups than this the hash alone decides: by then the law of large numbers balances the split.
 _MANY_GROUPS = 100_000
 _SALT = b"held out"
-
+# What `str.split` takes for white space, in ASCII.
+_WHITE = bytes(code for code in range(128) if chr(code).isspace())
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+_SPLITS = ("", TRAIN, VALIDATION, TEST)
+# A byte for each document of a corpus: 0 = dropped, the place of its split in _SPLITS, and a bit for what
+# train_fraction leaves out.
+_IN_TRAIN, _HELD_OUT, _TESTED, _LEFT_OUT = 1, 2, 3, 4
 
 
 @dataclass
@@ -37,25 +47,28 @@ class Survey:
     validation_bytes: int = 0
     test_bytes: int = 0
     notes: list[str] = field(default_factory=list)
-    _dropped: set[int] = field(default_factory=set)
+    _codes: bytearray = field(default_factory=bytearray)
     _kept: list[Document] | None = None
-    _split_of: Callable[[Document], str] = lambda document: TRAIN
 
     def documents(self) -> Iterator[tuple[Document, str]]:
         """(document, split) for all that are used, in the order of the corpus."""
-        for document, split in self.whole():
-            if split != TRAIN or self.train_fraction >= 1 or self._is_in_subset(document):
-                yield document, split
+        for document, code in self._decided():
+            if code != _IN_TRAIN | _LEFT_OUT:
+                yield document, _SPLITS[code & 3]
 
     def whole(self) -> Iterator[tuple[Document, str]]:
         """The same with all of the training split, whatever share of it is used."""
-        source = self._kept if self._kept is not None else _without(self.corpus.documents(), self._dropped)
-        for document in source:
-            yield document, self._split_of(document)
+        for document, code in self._decided():
+            yield document, _SPLITS[code & 3]
 
-    def _is_in_subset(self, document: Document) -> bool:
-        """By the document's own hash: a smaller share is part of every larger one."""
-        return _rank(f"subset {_content(document)}") < self.train_fraction * 2**64
+    def _decided(self) -> Iterator[tuple[Document, int]]:
+        source, codes = self._kept, filter(None, self._codes)
+        pairs = zip_longest(self.corpus.documents(), self._codes) if source is None else zip(source, codes)
+        for document, code in pairs:
+            if document is None or code is None:
+                raise InputError("data.path: the text has more or fewer documents than before: it changed meanwhile")
+            if code:
+                yield document, code
 
 
 def survey(
@@ -74,73 +87,82 @@ def survey(
     Raises InputError if no text is left.
     """
     result = Survey(corpus, train_fraction)
-    seen: set[bytes] = set()
+    seen = Seen()
     tested: set[str] = set()
     kept: list[Document] | None = []
-    groups: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # of groups, in bytes
+    numbers: dict[str, int] = {}  # of groups
+    groups = array("I")  # of the documents that are not tested; no more than the first ones if there are many
     total = 0
     n_documents = leaks = 0
-    for number, document in enumerate(corpus.documents()):
-        bare = "".join(document.text.split())
-        digest = _hash(bare.encode())
+    limit = int(validation_fraction * 2**64)
+    for document in corpus.documents():
+        bare = _bare(document.text)
+        digest = _hash(bare)
         is_leak = document.group in tested and document.split != TEST
-        if not bare or digest in seen or is_leak:
+        if not bare or is_leak or digest in seen:
             result.duplicates += bool(bare)
             leaks += is_leak and digest not in seen
-            result._dropped.add(number)
+            result._codes.append(0)
             continue
         seen.add(digest)
         size = len(document.text.encode())
         total += size
         n_documents += 1
-        document = replace(document, group=_group(document))
         if kept is not None:
             kept.append(document)
             if total > _KEEP_BYTES:
                 kept = None
         progress(total)
+        group = document.group or digest.hex()
         if document.split == TEST:
-            tested.add(document.group)
-        if document.split == TEST or _is_tested(document.group, test_fraction):
+            tested.add(group)
+        code = _IN_TRAIN
+        if document.split == TEST or _is_tested(group, test_fraction):
+            code = _TESTED
             result.test_bytes += size
-        elif len(groups) <= _MANY_GROUPS:
-            groups[document.group] = groups.get(document.group, 0) + size
+        elif len(numbers) <= _MANY_GROUPS:
+            sizes[group] = sizes.get(group, 0) + size
+            groups.append(numbers.setdefault(group, len(numbers)))
+        elif _rank(group) < limit:
+            code = _HELD_OUT
+        if train_fraction < 1 and not _is_in_subset(digest, train_fraction):
+            code |= _LEFT_OUT
+        result._codes.append(code)
+        if groups and len(numbers) > _MANY_GROUPS:
+            _hold_out(result._codes, groups, [_rank(name) < limit for name in numbers])
+            groups = array("I")
     if n_documents == 0:
         raise InputError(f"data.path: {label} holds no text (all its documents are empty)")
     if leaks:
         result.notes.append(f"{label}: {leaks:,} documents left out of training, as their prompts are in the test")
     result._kept = kept
-
-    def by_test(otherwise: Callable[[str], bool]) -> Callable[[Document], str]:
-        def split_of(document: Document) -> str:
-            group = _group(document)
-            if document.split == TEST or _is_tested(group, test_fraction):
-                return TEST
-            return VALIDATION if otherwise(group) else TRAIN
-
-        return split_of
-
     rest = total - result.test_bytes
     if n_documents == 1 and test_fraction == 0 and not tested:
-        only = kept[0] if kept else next(_without(corpus.documents(), result._dropped))
+        only, _ = next(result._decided())
         result._kept = _cut_one(only, validation_fraction, label)
         result.notes.append(f"{label} is a single document: its last lines are held out")
-        groups = {document.group: len(document.text.encode()) for document in result._kept}
-        held_out = {"end"}
-    elif len(groups) > _MANY_GROUPS:
-        limit = int(validation_fraction * 2**64)
+        result.train_bytes, result.validation_bytes = (len(half.text.encode()) for half in result._kept)
+        is_used = _is_in_subset(_hash(_bare(result._kept[0].text)), train_fraction)
+        result._codes = bytearray([_IN_TRAIN if is_used else _IN_TRAIN | _LEFT_OUT, _HELD_OUT])
+    elif len(numbers) > _MANY_GROUPS:
         result.train_bytes = int(rest * (1 - validation_fraction))
         result.validation_bytes = rest - result.train_bytes
-        result._split_of = by_test(lambda group: _rank(group) < limit)
-        return result
-    elif not groups:
+    elif not sizes:
         raise InputError(f"data.path: {label} holds too few documents to train on some and hold others out")
     else:
-        held_out = choose_held_out(groups, validation_fraction)
-    result._split_of = by_test(held_out.__contains__)
-    result.validation_bytes = sum(size for name, size in groups.items() if name in held_out)
-    result.train_bytes = sum(groups.values()) - result.validation_bytes
+        held_out = choose_held_out(sizes, validation_fraction)
+        _hold_out(result._codes, groups, [name in held_out for name in numbers])
+        result.validation_bytes = sum(size for name, size in sizes.items() if name in held_out)
+        result.train_bytes = sum(sizes.values()) - result.validation_bytes
     return result
+
+
+def _hold_out(codes: bytearray, groups: array[int], is_held_out: list[bool]) -> None:
+    """groups: number of the group of each document so far that is in training."""
+    seen = np.frombuffer(codes, np.uint8)
+    places = np.flatnonzero(seen & 3 == _IN_TRAIN)
+    seen[places[np.asarray(is_held_out)[np.asarray(groups)]]] = _HELD_OUT
 
 
 def choose_held_out(groups: dict[str, int], fraction: float) -> set[str]:
@@ -186,12 +208,16 @@ def sample(survey: Survey, n_bytes: int) -> list[str]:
     return pieces
 
 
-def _group(document: Document) -> str:
-    return document.group or _content(document)
+def _bare(text: str) -> bytes:
+    """The text without its white space."""
+    if text.isascii():
+        return text.encode().translate(None, _WHITE)
+    return "".join(text.split()).encode()
 
 
-def _content(document: Document) -> str:
-    return _hash("".join(document.text.split()).encode()).hex()
+def _is_in_subset(digest: bytes, train_fraction: float) -> bool:
+    """By the document's own hash: a smaller share is part of every larger one."""
+    return train_fraction >= 1 or _rank(f"subset {digest.hex()}") < train_fraction * 2**64
 
 
 def _is_tested(group: str, test_fraction: float) -> bool:
@@ -205,7 +231,3 @@ def _hash(raw: bytes) -> bytes:
 def _rank(name: str) -> int:
     """64 bits that decide about a name."""
     return int.from_bytes(_hash(name.encode())[:8], "little")
-
-
-def _without(documents: Iterator[Document], dropped: set[int]) -> Iterator[Document]:
-    return (document for number, document in enumerate(documents) if number not in dropped)

@@ -1,4 +1,4 @@
-"""Processes that tokenise parts: `python -m data.workers TOKENIZER`, fed line by line over a pipe.
+"""Processes that tokenise parts: `python -m data.workers TOKENIZER`, fed part by part over a pipe.
 
 They end with the process that started them, however that ends, since their pipe ends then. They load neither torch nor
 what started them (multiprocessing would import the main module, which may be train.py, in each).
@@ -66,10 +66,11 @@ class Workers:
             self._wait()
         process = self._idle.pop()
         assert process.stdin is not None
-        task = json.dumps({"path": str(path.resolve()), "digest": digest}).encode()
+        task = {"path": str(path.resolve()), "digest": digest, "n_bytes": len(part.payload)}
         self._busy[process] = part.n_bytes
         try:
-            process.stdin.write(task + b"\n" + part.payload + b"\n")
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.write(part.payload)
             process.stdin.flush()
         except BrokenPipeError:
             raise _dead(process) from None
@@ -104,10 +105,12 @@ def main(model: str) -> None:
     tokenizer = Tokenizer.load(model)
     for line in sys.stdin.buffer:
         task = json.loads(line)
-        items = json.loads(sys.stdin.buffer.readline())
+        payload = sys.stdin.buffer.read(task["n_bytes"])
+        if len(payload) < task["n_bytes"]:
+            return  # what feeds this process was killed
         answer: dict[str, Any] = {}
         try:
-            parts.save(Path(task["path"]), parts.tokenise(items, tokenizer), task["digest"])
+            parts.save(Path(task["path"]), parts.tokenise(parts.unpack(payload), tokenizer), task["digest"])
         except OSError as error:
             answer = {"errno": error.errno, "strerror": error.strerror, "filename": error.filename}
         try:

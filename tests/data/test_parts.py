@@ -168,6 +168,14 @@ def test_a_part_with_a_flipped_bit_is_made_again(prepared: Prepared, tmp_path: P
             assert all(parts.load(path)[name].tobytes() == array.tobytes() for name, array in arrays.items())
 
 
+def test_a_process_gets_the_very_items() -> None:
+    texts = ["", "\n", '"quoted"\n', "é 🙂 \u2028", "x" * 99]
+    items = [("train", [(text, True)]) for text in texts] + [("test", [("ask\n", False), ("tell", True), ("", False)])]
+    part = parts.Part(3, items, 99)
+    assert parts.unpack(part.payload) == items
+    assert parts.unpack(parts.Part(0, [], 0).payload) == []
+
+
 def test_prompts_are_read_and_answers_learned(prepared: Prepared) -> None:
     model = prepared.tokenizer
     document = Document("x", "ask tell", segments=(Segment("ask ", "prompt"), Segment("tell", "answer")))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,11 @@ from hypothesis import strategies as st
 
 from data import split
 from data.documents import Document
+from data.seen import Seen
 from data.split import choose_held_out, sample, survey
 from errors import InputError
+
+WHITE = "".join(chr(code) for code in range(0x110000) if chr(code).isspace())
 
 
 class Listed:
@@ -98,6 +102,81 @@ def test_a_corpus_too_large_to_keep_is_read_again_with_the_same_result(monkeypat
     again = survey(corpus, "corpus", 0.1, lambda done: None)
     assert list(again.documents()) == kept
     assert corpus.passes == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text("ab \n\u00a0\u3000é", max_size=6), min_size=3, max_size=40),
+    names=st.lists(st.sampled_from(["", "", "g", "h", "i"]), min_size=40, max_size=40),
+    many=st.sampled_from([3, 100_000]),
+    keep=st.sampled_from([0, 1 << 20]),
+    share=st.sampled_from([0.4, 1.0]),
+    test_fraction=st.sampled_from([0.0, 0.3]),
+)
+def test_each_document_is_judged_by_its_hash_and_group_alone(
+    texts: list[str], names: list[str], many: int, keep: int, share: float, test_fraction: float
+) -> None:
+    """Against the rule, worked out for each document by itself: what prepared corpora are made of."""
+    documents = [Document(str(n), text, name) for n, (text, name) in enumerate(zip(texts, names))]
+    distinct = {"".join(document.text.split()): document for document in reversed(documents)}
+    distinct.pop("", None)
+
+    def hashed(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=16, salt=b"held out").digest()
+
+    def rank(text: str) -> float:
+        return int.from_bytes(hashed(text)[:8], "little") / 2**64
+
+    expected = []
+    sizes: dict[str, int] = {}
+    for bare, document in sorted(distinct.items(), key=lambda item: int(item[1].key)):
+        group = document.group or hashed(bare).hex()
+        expected.append((document, group, rank(f"subset {hashed(bare).hex()}") < share))
+        if rank(f"test {group}") >= test_fraction:
+            sizes[group] = sizes.get(group, 0) + len(document.text.encode())
+    if len(expected) < 2 or not sizes:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "_MANY_GROUPS", many)
+        patch.setattr(split, "_KEEP_BYTES", keep)
+        result = survey(
+            Listed(documents), "c", 0.2, lambda done: None, test_fraction=test_fraction, train_fraction=share
+        )
+    held_out = choose_held_out(sizes, 0.2) if len(sizes) <= many else {name for name in sizes if rank(name) < 0.2}
+    sides = []
+    for document, group, is_used in expected:
+        side = "test" if group not in sizes else "validation" if group in held_out else "train"
+        if side != "train" or is_used:
+            sides.append((document, side))
+    assert list(result.documents()) == sides
+    assert len(list(result.whole())) == len(expected)
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "_KEEP_BYTES", 0)
+    corpus = Listed(modules(9))
+    result = survey(corpus, "corpus", 0.1, lambda done: None)
+    for listed in (corpus.listed[:-1], [*corpus.listed, corpus.listed[0]]):
+        corpus.listed = listed
+        with pytest.raises(InputError, match="it changed meanwhile"):
+            list(result.documents())
+        corpus.listed = modules(9)
+
+
+@given(st.text())
+def test_white_space_is_what_python_takes_for_it(text: str) -> None:
+    for one in (text, "".join(char for char in text if char.isascii()), f"a{WHITE}b{WHITE[:10]}c"):
+        assert split._bare(one) == "".join(one.split()).encode()
+
+
+def test_what_was_seen_is_known_in_few_bytes() -> None:
+    seen, digests = Seen(), [hashlib.blake2b(bytes([n % 256, n // 256]), digest_size=16).digest() for n in range(30000)]
+    for number, digest in enumerate([*digests, bytes(16), b"\xff" * 16]):
+        assert digest not in seen, number
+        seen.add(digest)
+        seen.add(digest)
+    assert all(digest in seen for digest in digests)
+    assert 30000 * 12 <= seen.n_bytes <= 30000 * 26
 
 
 @pytest.mark.parametrize("text", ["line\n" * 50, "no line break at all, " * 20, "x" * 99 + "\n", "ab"])
