@@ -110,7 +110,8 @@ class Attention(nn.Module):
         """x (B, T, D) -> (B, T, D)."""
         table = self.rotary(torch.arange(x.shape[1], device=x.device))
         q, k, v, gate = self.project(x, context.positions, table)
-        return self.output(document_attention(q, k, v, context.segment_ids, self.window).flatten(-2), gate)
+        mask = context.block_mask(self.window)
+        return self.output(document_attention(q, k, v, context.segment_ids, self.window, mask).flatten(-2), gate)
 
     def init_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
         """k, v (B, max_length, G, d) and position (B,): the next token's index in its document."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from blocks.kernels import attention
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class SequenceContext:
         (what kernels call seq_idx).
     starts:       (B, T) bool. True on the first token of every segment.
     positions:    (B, T) int64. Index of a token inside its segment (RoPE positions restart per document).
+    block_masks:  window -> what attention needs besides, see `block_mask`.
     """
 
     document_ids: Tensor
     segment_ids: Tensor
     starts: Tensor
     positions: Tensor
+    block_masks: dict[int | None, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> SequenceContext:
@@ -45,6 +50,12 @@ class SequenceContext:
     def valid(self) -> Tensor:
         """(B, T) bool: not padding."""
         return self.document_ids >= 0
+
+    def block_mask(self, window: int | None) -> Any:
+        """flex attention's mask for this window (None where attention needs none), made at the first call."""
+        if window not in self.block_masks:
+            self.block_masks[window] = attention.block_mask(self.segment_ids, window)
+        return self.block_masks[window]
 
     def to(self, device: torch.device | str) -> SequenceContext:
         fields = (self.document_ids, self.segment_ids, self.starts, self.positions)

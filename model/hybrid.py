@@ -112,6 +112,8 @@ class HybridLM(nn.Module):
 
     def forward(self, tokens: Tensor, context: SequenceContext) -> HybridOutput:
         """tokens: (B, T) int64. The residual stream stays float32 (float64 in a float64 model) at every boundary."""
+        if "A" in self.letters:
+            context.block_mask(self.config.attention.window)  # before any block, which may be compiled or recomputed
         hidden = self.embedding(tokens)
         hidden_states = [hidden]
         for block in self.blocks:

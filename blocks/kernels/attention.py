@@ -4,7 +4,7 @@ Forms, picked by `document_attention` from device and dtype:
 - CPU: `amer::document_attention`, whose cost grows with the length of the documents and not with that of the row:
   the Numba kernels of attention_cpu.py for float32 and bfloat16, for float64 one causal flash call of torch per
   document (a sliding window is cut into query blocks of the window's length against at most two windows of keys).
-- CUDA: flex attention with a block mask made from the segments (not yet measured on a GPU).
+- CUDA: flex attention with a block mask made from the segments, once per batch (not yet measured on a GPU).
 - `document_attention_reference`: dense scaled dot product with a boolean mask, any dtype, for tests.
 
 All of them take q (B, T, H, d), k and v (B, T, G, d) with H a multiple of G (query head h reads key head
@@ -13,8 +13,9 @@ h // (H / G)), segment_ids (B, T) as in SequenceContext, and return (B, T, H, d)
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -33,18 +34,43 @@ CPU_DOUBLE_KERNEL = "per-document flash attention (torch CPU)"
 CUDA_KERNEL = "flex attention with a document block mask"
 
 
+def uses_flex(device: torch.device) -> bool:
+    """Whether `document_attention` on this device is flex attention."""
+    return device.type == "cuda"
+
+
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `document_attention` runs for this device and dtype."""
-    if device.type == "cuda":
+    if uses_flex(device):
         return CUDA_KERNEL
     return CPU_DOUBLE_KERNEL if dtype == torch.float64 else CPU_KERNEL
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None = None) -> Tensor:
-    """Softmax(q k^T / sqrt(d)) v over the keys j <= i of the own document, i - j < window if one is given."""
-    if q.device.type == "cuda":
-        return flex_document_attention(q, k, v, segment_ids, window)
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None = None, mask: Any = None
+) -> Tensor:
+    """Softmax(q k^T / sqrt(d)) v over the keys j <= i of the own document, i - j < window if one is given.
+
+    mask: `block_mask` of these segments and this window, which a caller keeps for several calls; None: made here.
+    """
+    if uses_flex(q.device):
+        return flex_document_attention(q, k, v, block_mask(segment_ids, window) if mask is None else mask)
     return torch.ops.amer.document_attention(q, k, v, segment_ids, window or NO_WINDOW)[0]
+
+
+def block_mask(segment_ids: Tensor, window: int | None) -> Any:
+    """flex attention's BlockMask of a batch, (B, T) segments: which blocks of keys a block of queries reads, and which
+    of these wholly. None on a device whose form reads the segments themselves."""
+    if not uses_flex(segment_ids.device):
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = query >= key if window is None else (query >= key) & (query - key < window)
+        return near & (segment_ids[batch, query] == segment_ids[batch, key])
+
+    batch, length = segment_ids.shape
+    return create_block_mask(allowed, batch, None, length, length, device=str(segment_ids.device))
 
 
 def document_mask(segment_ids: Tensor, window: int | None = None) -> Tensor:
@@ -67,19 +93,20 @@ def document_attention_reference(
     return rearrange(out, "b h t d -> b t h d")
 
 
-def flex_document_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None) -> Tensor:
-    """The CUDA form. Backward is not implemented by torch on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = query >= key if window is None else (query >= key) & (query - key < window)
-        return near & (segment_ids[batch, query] == segment_ids[batch, key])
+    return torch.compile(flex_attention, dynamic=False)
 
-    batch, length = segment_ids.shape
-    block_mask = create_block_mask(allowed, batch, None, length, length, device=str(q.device))
+
+def flex_document_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """The CUDA form; mask as `block_mask` makes it. Backward is not implemented by torch on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     q, k, v = (rearrange(t, "b t h d -> b h t d") for t in (q, k, v))
-    attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
-    out = attend(q, k, v, block_mask=block_mask, enable_gqa=True)
+    out = attend(q, k, v, block_mask=mask, enable_gqa=True)
     return rearrange(out, "b h t d -> b t h d")
 
 
