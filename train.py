@@ -89,7 +89,7 @@ def train_in(world: World, machine: Machine, config: RunConfig, name: str, warni
     with StopSignals(ranks=world.size) as signals, run_of as run:
         state = run.restored
         machine.check_kernels("".join(model.letters))
-        guard = StepGuard(config.health, config.train.max_skipped_steps, folder.path)
+        guard = StepGuard(config.health, config.train.max_skipped_steps, folder.path, world.rank)
         preflight = Preflight.of(model, objective, machine.autocast, machine.precision.dtype, config.seed, world)
 
         with Prefetcher(stream.batch, state.step, pin_memory=machine.is_cuda) as batches:

@@ -43,10 +43,11 @@ class StepGuard:
     The window of outliers is state (`State.recent`), so that a resumed run skips what the undisturbed one skips.
     """
 
-    def __init__(self, config: HealthConfig, limit: int, folder: Path) -> None:
+    def __init__(self, config: HealthConfig, limit: int, folder: Path, rank: int = 0) -> None:
         self.config = config
         self.limit = limit
-        self.folder = folder
+        name = "offending_batch.safetensors"
+        self.path = folder / (name if rank == 0 else f"{name}.{rank}")
         self.in_a_row = 0
 
     def accepts(self, measured: Measured, grad_norm: Tensor | float, batch: Batch, state: State) -> bool:
@@ -74,13 +75,12 @@ class StepGuard:
         return not odd
 
     def _save(self, batch: Batch) -> str:
-        path = self.folder / "offending_batch.safetensors"
         fields = {name: getattr(batch, name) for name in ("tokens", "labels", "document_ids", "row_ids")}
         try:
-            save_file({name: value.cpu().contiguous() for name, value in fields.items()}, path)
+            save_file({name: value.cpu().contiguous() for name, value in fields.items()}, self.path)
         except Exception as error:  # a full disk (safetensors has an error of its own) must not hide the finding
             return f"the last batch (rows {batch.row_ids.tolist()}) could not be saved: {error}"
-        return f"the last batch is in {path}"
+        return f"the last batch is in {self.path}"
 
 
 def is_outlier(value: float, earlier: tuple[float, ...], config: HealthConfig) -> bool:

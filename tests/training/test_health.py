@@ -39,6 +39,14 @@ def test_not_finite_is_skipped_and_the_limit_counts_in_a_row(tmp_path):
     assert torch.equal(saved["tokens"], batch().tokens) and saved["row_ids"].tolist() == [40, 41]
 
 
+def test_each_rank_saves_the_rows_that_it_worked_on(tmp_path):
+    for rank in (0, 3):
+        with pytest.raises(FloatingPointError, match="offending_batch"):
+            judge(StepGuard(HealthConfig(), 1, tmp_path, rank), State(), math.nan)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["offending_batch.safetensors", "offending_batch.safetensors.3"]
+
+
 def test_a_full_disk_does_not_hide_the_finding(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
