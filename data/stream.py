@@ -30,16 +30,10 @@ class TrainStream:
         self._interleave = Interleave([corpus.weight for corpus in self.corpora])
         self._seed = seed
 
-    def batch(self, step: int, start_row: int = 0, n_rows: int | None = None) -> Batch:
-        """Rows [start_row, start_row + n_rows) of a step (all of them by default).
-
-        A rank of W takes its slice of the step's rows; accumulation cuts that slice further.
-        """
-        n_rows = self.batch_rows - start_row if n_rows is None else n_rows
-        if not (start_row >= 0 and n_rows > 0 and start_row + n_rows <= self.batch_rows and step >= 0):
-            raise ValueError(f"step {step} rows [{start_row}, {start_row + n_rows}) are outside 0 .. {self.batch_rows}")
-        first = step * self.batch_rows + start_row
-        return self.rows(np.arange(first, first + n_rows, dtype=np.int64))
+    def batch(self, step: int) -> Batch:
+        """All rows of a step; each rank and micro-batch then works on its own."""
+        first = step * self.batch_rows
+        return self.rows(np.arange(first, first + self.batch_rows, dtype=np.int64))
 
     def rows(self, row_ids: IntArray) -> Batch:
         """The rows of given global indices (N,)."""
@@ -65,11 +59,6 @@ class TrainStream:
             keys = np.array([hash_key(self._seed, number, int(e)) for e in epochs], np.uint64)
             row_of[place] = permute(position, n_rows, keys[inverse])
         return corpus_of, row_of
-
-    def epochs(self, step: int) -> list[float]:
-        """How often each corpus has been gone through before a step."""
-        share = self._interleave.counts / self._interleave.counts.sum()
-        return [float(step * self.batch_rows * s / n) for s, n in zip(share, self.rows_per_epoch)]
 
 
 def validation_batches(
