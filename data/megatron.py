@@ -20,7 +20,8 @@ def external_shards(spec: CorpusSpec) -> list[Shard]:
     prefixes: dict[Path, None] = {}
     for name in spec.paths:
         bare = name.removesuffix(".bin").removesuffix(".idx")
-        for index in find_files((f"{bare}.idx",)):
+        key = "data.path" if name.endswith(".idx") else f"data.path: {name}"
+        for index in find_files((f"{bare}.idx",), key):
             prefixes[index.with_suffix("").absolute()] = None
     return [Shard(prefix) for prefix in prefixes]
 

@@ -70,3 +70,7 @@ def test_megatron_corpus_is_used_in_place(prepared: Prepared, tmp_path: Path) ->
         prepare(config, tmp_path / "artifacts")
     with pytest.raises(InputError, match=r"matches no file|no such file"):
         prepare(replace(config, path=str(tmp_path / "absent")), tmp_path / "artifacts")
+    given = f"{tmp_path}/absent*.bin"
+    with pytest.raises(InputError) as caught:
+        prepare(replace(config, path=given), tmp_path / "artifacts")
+    assert str(caught.value).startswith(f"data.path: {given}: {tmp_path}/absent*.idx matches no file")
