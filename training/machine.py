@@ -17,7 +17,8 @@ import torch
 
 from errors import InputError, require, require_choice
 
-GEMM_SIZE = 1024
+# On a GPU a product must outlast its launch: one of 1024 does not.
+GEMM_SIZE, GPU_GEMM_SIZE = 1024, 8192
 MIB = 2**20
 PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: forgets the largest resident size so far
 
@@ -88,26 +89,42 @@ def configure_threads(threads: int | None = None) -> int:
     return number
 
 
-def gemm_gflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int = GEMM_SIZE) -> float:
+def gemm_gflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int | None = None) -> float:
     """Measured speed of a square matmul, GFLOP/s: the yardstick of `gemm_share`, not the processor's data sheet.
 
-    The median of single products, 2 * size^3 FLOPs each, with preallocated output, for about `seconds` after a
-    warmup. Other jobs on the machine lower it, and then lower training alike.
+    Products of 2 * size^3 FLOPs with preallocated output, for about `seconds` after a warmup: the median of single
+    ones on the CPU, the mean of a row of them on a GPU, which is waited for once. Other jobs on the machine lower it,
+    and then lower training alike.
     """
+    size = size or (GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE)
     a = torch.ones(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
     times: list[float] = []
     with torch.no_grad():
         for _ in range(3):
             torch.mm(a, a, out=out)
-        _synchronize(device)
+        if device.type == "cuda":
+            return 2 * size**3 / _seconds_in_a_row(a, out, seconds) / 1e9
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 3:
             started = time.perf_counter()
             torch.mm(a, a, out=out)
-            _synchronize(device)
             times.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def _seconds_in_a_row(a: torch.Tensor, out: torch.Tensor, seconds: float) -> float:
+    """Of one product; the second of two rows, as many as the first says will fill `seconds`."""
+    each, count = 0.0, 3
+    for _ in range(2):
+        _synchronize(a.device)
+        started = time.perf_counter()
+        for _ in range(count):
+            torch.mm(a, a, out=out)
+        _synchronize(a.device)
+        each = (time.perf_counter() - started) / count
+        count = min(1000, max(3, int(seconds / each)))
+    return each
 
 
 def resident_growth(work: Callable[[], object]) -> int:

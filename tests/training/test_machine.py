@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -58,8 +59,6 @@ def test_the_kernels_flags_agree_with_torch():
 
 def test_gemm_speed_is_in_gflops():
     """Against a timing of one's own; wide, for a busy machine."""
-    import time
-
     a = torch.ones(512, 512)
     a @ a
     began = time.perf_counter()
@@ -67,6 +66,33 @@ def test_gemm_speed_is_in_gflops():
         a @ a
     own = 20 * 2 * 512**3 / (time.perf_counter() - began) / 1e9
     assert own / 8 < gemm_gflops(CPU, torch.float32, seconds=0.05, size=512) < own * 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_measured_by_products_that_outlast_their_launch():
+    """Against a timing of one's own, of products in a row; single small ones are bound by launching them."""
+    gpu = torch.device("cuda")
+    a = torch.ones(8192, 8192, device=gpu, dtype=torch.bfloat16)
+    times = []
+    for n in (3, 33):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(n):
+            a @ a
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    own = 30 * 2 * 8192**3 / (times[1] - times[0]) / 1e9
+    assert 0.7 * own < gemm_gflops(gpu, torch.bfloat16) < 1.4 * own
+
+
+def test_products_in_a_row_are_timed_as_one():
+    a = torch.ones(256, 256)
+    seconds = machine._seconds_in_a_row(a, torch.empty_like(a), 0.05)
+    own = time.perf_counter()
+    for _ in range(100):
+        a @ a
+    own = (time.perf_counter() - own) / 100
+    assert own / 8 < seconds < own * 8
 
 
 def test_threads():
