@@ -92,7 +92,7 @@ def grouped_experts_reference(
 def _sort(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """order (N K,): flat assignments, expert by expert, tokens ascending; rows (E,)."""
     flat = expert_ids.flatten()
-    # not bincount, which waits for a GPU and has no shape for a compiler; sums of integers are exact in any order
+    # not bincount, which waits for a GPU to learn its own length; sums of integers are exact in any order
     rows = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return flat.argsort(stable=True), rows
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from mamba2_cases import context_of, scan_inputs, segments_of
 
-from blocks.kernels import causal_conv, m2rnn, m2rnn_mixer, mamba2, ssd
+from blocks.eblock import MoE, MoEConfig
+from blocks.kernels import causal_conv, grouped_experts, m2rnn, m2rnn_mixer, mamba2, ssd
 from blocks.mblock import Mamba2, Mamba2Config
 from blocks.rblock import M2RNN, M2RNNConfig
 
@@ -113,3 +114,18 @@ def test_the_operators_pass_gradients_as_plain_torch_does(gpu, channels):
         )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_on_a_gpu_are_one_graph_and_count_their_rows(monkeypatch):
+    monkeypatch.setattr(grouped_experts, "kernel_name", lambda *_: grouped_experts.CUDA_KERNEL)
+    mixer, x, results = MoE(32, MoEConfig(n_experts=5, top_k=2, expert_ff=16)), torch.randn(2, 40, 32), []
+    mixer.init_weights(2, torch.Generator().manual_seed(0))
+    for form in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = form(leaf, context_of(SEGMENTS)).float()
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *mixer.parameters()])])
+        assert torch.equal(mixer.counts, mixer.route(x.flatten(0, 1))[0].flatten().bincount(minlength=5))
+        mixer.start_counting()
+    for eager, graph in zip(*results, strict=True):
+        assert (graph - eager).norm() <= 2e-2 * eager.norm()
