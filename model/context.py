@@ -56,7 +56,3 @@ class SequenceContext:
         if window not in self.block_masks:
             self.block_masks[window] = attention.block_mask(self.segment_ids, window)
         return self.block_masks[window]
-
-    def to(self, device: torch.device | str) -> SequenceContext:
-        fields = (self.document_ids, self.segment_ids, self.starts, self.positions)
-        return SequenceContext(*(field.to(device, non_blocking=True) for field in fields))
