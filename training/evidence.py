@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,19 +38,15 @@ def gradient_evidence(
     sound = (n_valid - loss.stp_terms.n_degenerate).tolist()
     terms = dict(zip(objective.boundaries, loss.stp_per_boundary.unbind(), strict=True))
     states = dict(zip(terms, objective.select(output.hidden_states, output.final), strict=True))
-    lm_grads = torch.autograd.grad(loss.lm, list(states.values()), retain_graph=True, allow_unused=True)
+    stp_grads = {index: _nonzero_rows(_direct(terms[index], state)) for index, state in states.items()}
+    beside = _beside(loss.lm, states, stp_grads)
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for (index, state), lm_grad, family, n_sound in zip(
-        states.items(), lm_grads, objective.families, sound, strict=True
-    ):
-        stp_grad = _direct(terms[index], state)
-        norm = float(stp_grad.norm())
+    for index, family, n_sound in zip(states, objective.families, sound, strict=True):
+        norm, lm_norm, dot = beside[index]
         if n_sound == 0 and norm == 0:
             continue
         if not objective.is_control and not 0 < norm < float("inf"):
             problem = problem or f"the gradient of its term at boundary {index} ({family}) has norm {norm}"
-        lm_norm = 0.0 if lm_grad is None else float(lm_grad.norm())
-        dot = 0.0 if lm_grad is None else float((stp_grad * lm_grad).sum())
         scale = norm * lm_norm
         found.setdefault(family, []).append((norm, norm / lm_norm if lm_norm else 0.0, dot / scale if scale else 0.0))
     ranks = world.gather({"problem": problem, "n_valid": n_valid, "sound": sound})
@@ -67,6 +64,44 @@ def gradient_evidence(
         for name, values in zip(("grad_norm", "grad_ratio", "grad_cosine"), zip(*rows, strict=True), strict=True):
             metrics[f"stp/{name}/{family}"] = sum(values) / len(values)
     return metrics
+
+
+def _beside(
+    lm: Tensor, states: dict[int | str, Tensor], stp_grads: dict[int | str, tuple[Tensor, Tensor]]
+) -> dict[int | str, tuple[float, float, float]]:
+    """Boundary -> norms of its gradients of STP and LM (0 where none arrives) and their inner product.
+
+    stp_grads: their rows, since few tokens have any. The LM's are looked at as they come by, and none is kept: a
+    backward pass to the lowest boundary meets all the others on its way. One that it does not meet is asked for alone.
+    """
+    found: dict[int | str, tuple[float, float, float]] = {}
+
+    def look(index: int | str, lm_grad: Tensor | None) -> None:
+        where, rows = stp_grads[index]
+        stp_grad = states[index].new_zeros(states[index].shape).flatten(0, 1).index_copy_(0, where, rows)
+        stp_grad = stp_grad.view_as(states[index])
+        if lm_grad is None:
+            found[index] = float(stp_grad.norm()), 0.0, 0.0
+        else:
+            found[index] = float(stp_grad.norm()), float(lm_grad.norm()), float((stp_grad * lm_grad).sum())
+
+    handles = [state.register_hook(partial(look, index)) for index, state in states.items()]
+    try:
+        torch.autograd.grad(lm, next(iter(states.values())), retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index, state in states.items():
+        if index not in found:
+            look(index, torch.autograd.grad(lm, state, retain_graph=True, allow_unused=True)[0])
+    return found
+
+
+def _nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, D) -> which of the B x T rows are not zero, and these."""
+    rows = grad.flatten(0, 1)
+    where = rows.any(dim=1).nonzero().flatten()
+    return where, rows[where]
 
 
 def _share_problem(loss: ObjectiveOutput) -> str | None:

@@ -6,7 +6,8 @@ the LM (losses/joined.py), which no `torch.autograd.grad` would show.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ VALUE_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-2
 # STP's share of the gradient is then of the LM's size or above, so that a fault of it is seen.
 WEIGHT = 100.0
+PIECE = 1 << 20  # elements that are compared at once
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,12 @@ def check_total(model: Any, objective: Objective, totals: ForcedTotals, terms: d
     expected_total = float(closed.detach()) + WEIGHT * float(stp.detach())
     if not abs(float(opened.detach()) - expected_total) <= VALUE_TOLERANCE * (1 + abs(expected_total)):
         return f"forced open it is {float(opened.detach()):.6f}, LM + weight x STP is {expected_total:.6f}"
-    seen = _flat(model, opened, leaves)
+    seen = _gradients(model, opened, leaves)
     if objective.is_control:
-        sent = seen - _flat(model, closed, leaves)
-        return "a control that declares no gradient sends one" if bool(sent.any()) else None
-    stp_alone = WEIGHT * _flat(model, stp, leaves)
-    difference = seen - _flat(model, closed + WEIGHT * stp, leaves)
-    error = float(difference.norm() / stp_alone.norm().clamp_min(1e-300))
+        sent = any(bool(part.any()) for part in _differences(seen, _gradients(model, closed, leaves)))
+        return "a control that declares no gradient sends one" if sent else None
+    stp_alone = WEIGHT * _norm(_differences(_gradients(model, stp, leaves), [None] * len(leaves)))
+    error = _norm(_differences(seen, _gradients(model, closed + WEIGHT * stp, leaves))) / max(stp_alone, 1e-300)
     if not error <= GRADIENT_TOLERANCE:
         return f"its gradient differs by {error:.1e} from LM + weight x STP: the term is not in it as configured"
     return None
@@ -86,10 +87,22 @@ def _leaves(model: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.requires_grad]
 
 
-def _flat(model: Any, scalar: Tensor, leaves: list[Tensor]) -> Tensor:
-    _, grads = by_backward(model, scalar, parameters=leaves)
-    parts = [
-        torch.zeros(leaf.shape, device=leaf.device) if grad is None else grad
-        for grad, leaf in zip(grads, leaves, strict=True)
-    ]
-    return torch.cat([part.flatten().double() for part in parts])
+def _gradients(model: Any, scalar: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    return by_backward(model, scalar, parameters=leaves)[1]
+
+
+def _differences(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    """Tensor by tensor in pieces of float64: whole copies of an embedding would be the largest thing in memory. None
+    is zero."""
+    for one, other in zip(some, others, strict=True):
+        one, other = (one, other) if one is not None else (other, None)  # the sign is nobody's concern
+        if one is None:
+            continue
+        pieces = one.flatten().split(PIECE)
+        against = [None] * len(pieces) if other is None else other.flatten().split(PIECE)
+        for piece, minus in zip(pieces, against, strict=True):
+            yield piece.double() if minus is None else piece.double() - minus.double()
+
+
+def _norm(pieces: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(piece.norm()) for piece in pieces))
