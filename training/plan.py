@@ -22,7 +22,8 @@ from training.plan_cost import (
     step_time,
 )
 from training.plan_hardware import Cluster
-from training.plan_memory import F32, Memory, Stack, peak_memory
+from training.plan_memory import F32, Memory, Stack, largest
+from training.plan_proofs import peaks, selected
 from training.sharding import GATHERED
 from training.summary import meta_model, parameter_counts
 
@@ -42,7 +43,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One setting on the cluster. needed_gib: the peak of a rank with fragmentation and what is reserved."""
+    """One setting on the cluster. needed_gib: the peak of a rank with fragmentation and what is reserved, over plain
+    steps, steps that probe and preflight, of which `memory` is the one that needs most."""
 
     setting: Setting
     memory: Memory
@@ -124,13 +126,14 @@ class _Planner:
             near = max(1, round(rows / gpus)) * gpus
             raise InputError(f"train.batch_rows: {rows} rows do not split over {gpus} GPUs; nearest is {near}")
         self.rank_rows = rows // gpus
-        self._stacks: dict[tuple[int, str], Stack] = {}
+        self.boundaries = selected(config.stp, self.model.letters)
+        self._stacks: dict[tuple[int, str, bool], Stack] = {}
 
-    def stack(self, rows: int, recompute: str) -> Stack:
-        key = rows, recompute
+    def stack(self, rows: int, recompute: str, again: bool = False) -> Stack:
+        key = rows, recompute, again and recompute != "full"  # what is computed again is freed as it is used
         if key not in self._stacks:
             self._stacks[key] = Stack.trace(
-                self.config.model, self.vocab_size, rows, self.length, torch.bfloat16, recompute, "cuda"
+                self.config.model, self.vocab_size, rows, self.length, torch.bfloat16, recompute, "cuda", key[2]
             )
         return self._stacks[key]
 
@@ -149,11 +152,24 @@ class _Planner:
         return {"none": 1, "ddp": 1, "fsdp": self.cluster.gpus, "hsdp": min(groups, self.cluster.gpus)}[kind]
 
     def estimate(self, setting: Setting) -> Estimate:
-        cluster, assumed = self.cluster, self.assumptions
+        config, cluster, assumed = self.config, self.cluster, self.assumptions
         stack, shards = self.stack(setting.micro_rows, setting.recompute), self.shards(setting.kind)
-        gathered = GATHERED[self.config.parallel.gather] or torch.float32
-        width = gathered.itemsize
-        memory = peak_memory(stack, shards, setting.kind != "none", setting.micro_batches > 1, width)
+        width = (GATHERED[config.parallel.gather] or torch.float32).itemsize
+        memory = largest(
+            list(
+                peaks(
+                    self.stack,
+                    setting.recompute,
+                    setting.micro_rows,
+                    config.train.batch_rows,
+                    self.boundaries,
+                    shards=shards,
+                    gathers=setting.kind != "none",
+                    accumulates=setting.micro_batches > 1,
+                    weight_bytes=width,
+                ).values()
+            )
+        )
         needed = memory.total / GIB * (1 + assumed.fragmentation) + assumed.reserved_gib
         flops = flops_per_token(self.model, self.length, setting.recompute)
         sent = communication(
@@ -218,8 +234,11 @@ NOTES = (
     "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for RMSNorm, flex attention, "
     "causal_conv1d and mamba_chunk_scan_combined. UNMEASURED on a GPU. The same method meets a CPU's measured peak "
     "(--measure), but the CPU's kernels keep other tensors.",
-    "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. UNMEASURED.",
+    "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. Two ranks over gloo on a "
+    "CPU needed 7% less than that says; UNMEASURED on a GPU.",
     "Time: executed matmul FLOPs at the assumed share of the peak, rings at the assumed share of the links. "
     "UNMEASURED. R's time loop, latencies, data, validation and checkpoints are not in it.",
-    "Steps with gradient probes (train.probe_every) and preflight hold more than a plain step. Not in it.",
+    "Preflight proves two whole rows on every rank, whatever the micro-batch, and gathers gradients of whole blocks; "
+    "`in` says whether it, a step that probes gradients or a plain step needs most. UNMEASURED on a GPU. Probes of the "
+    "forward pass, validation and what the controls prove beyond STP's checks are not in it.",
 )

@@ -90,10 +90,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 def trace_block(
-    config: ModelConfig, letter: str, rows: int, length: int, dtype: torch.dtype, recomputed: str, kernels: str
+    config: ModelConfig,
+    letter: str,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    recomputed: str,
+    kernels: str,
+    again: bool = False,
 ) -> Held:
     """One block of a family on rows x length tokens. dtype: of the matmuls, bfloat16 by autocast.
-    recomputed: none | selective | full."""
+    recomputed: none | selective | full. again: the graph is gone through once more, so its backward pass frees nothing
+    that was kept."""
     with _fake(kernels):
         mixer_class, name = MIXERS[letter]
         block = Block(letter, config.d_model, mixer_class(config.d_model, getattr(config, name)), config.norm_eps)
@@ -103,7 +111,7 @@ def trace_block(
         def forward(hidden: Tensor) -> Tensor:
             return block(hidden, context)
 
-        return _trace(block, forward, config.d_model, rows, length, dtype, kernels, vars(context))
+        return _trace(block, forward, config.d_model, rows, length, dtype, kernels, vars(context), again)
 
 
 def trace_head(config: ModelConfig, vocab_size: int, rows: int, length: int, dtype: torch.dtype, kernels: str) -> Held:
@@ -139,6 +147,7 @@ def _trace(
     dtype: torch.dtype,
     kernels: str,
     given: Any,
+    again: bool = False,
 ) -> Held:
     module.train()
     hidden = torch.empty(rows, length, d_model, requires_grad=True)
@@ -150,7 +159,7 @@ def _trace(
             kept_in_autocast = live.now
         kept, forward_peak = live.now, live.peak
         live.peak = live.now
-        y.backward(torch.ones_like(y))
+        y.backward(torch.ones_like(y), retain_graph=again)
         backward_peak = live.peak
     parameters = sum(parameter.numel() for parameter in module.parameters())
     output = y.untyped_storage().nbytes()

@@ -22,8 +22,7 @@ from training.machine import resolve_precision
 from training.plan import Plan, make_plan
 from training.plan_cost import RECOMPUTE, Assumptions
 from training.plan_hardware import Cluster
-from training.plan_measure import measure
-from training.plan_memory import Stack, peak_memory
+from training.plan_measure import measure, on_this_cpu
 
 
 def main() -> int:
@@ -45,7 +44,10 @@ def main() -> int:
     console = Console()
     if arguments.measure:
         found = check(config, arguments)
-        print(json.dumps(found)) if arguments.json else show_measured(found, console)
+        if arguments.json:
+            print(json.dumps(found))
+        for one in () if arguments.json else found:
+            show_measured(one, console)
         return 0
     cluster = Cluster.of(arguments.gpu, arguments.gpus, arguments.gpus_per_node, arguments.network_gbit)
     plan = make_plan(config, cluster, Assumptions(mfu=arguments.mfu), arguments.data, arguments.recompute)
@@ -58,18 +60,21 @@ def main() -> int:
     return 0
 
 
-def check(config: RunConfig, arguments: Any) -> dict[str, Any]:
-    """Predicted and measured peak of two steps on this CPU, in bytes."""
+def check(config: RunConfig, arguments: Any) -> list[dict[str, Any]]:
+    """Predicted and measured peaks on this CPU in bytes: of a plain step, one that probes, and preflight."""
     recompute = arguments.recompute or "none"
     require_choice("--recompute", recompute, RECOMPUTE)
     precision = resolve_precision(config.precision, torch.device("cpu"))
-    rows = config.train.batch_rows // config.train.accumulation
-    vocab_size, length = config.data.tokenizer.vocab_size, config.data.sequence_length
-    stack = Stack.trace(config.model, vocab_size, rows, length, precision.dtype, recompute, "cpu")
-    memory = peak_memory(stack, accumulates=config.train.accumulation > 1)
+    predicted = on_this_cpu(config, precision.dtype, recompute)
     overrides = [*arguments.overrides, f"precision={precision.name}"]
-    measured = measure(arguments.config, overrides, recompute)
-    return {"predicted_bytes": memory.total, "measured_bytes": measured, "memory": dataclasses.asdict(memory)}
+    return [
+        {
+            "predicted_bytes": memory.total,
+            "measured_bytes": measure(arguments.config, overrides, recompute, during),
+            "memory": dataclasses.asdict(memory),
+        }
+        for during, memory in predicted.items()
+    ]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

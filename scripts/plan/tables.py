@@ -10,6 +10,10 @@ from rich.table import Table
 
 from analysis.families import FAMILY_NAMES
 from training.plan import GIB, Estimate, Plan
+from training.plan_memory import PREFLIGHT, PROBE, STEP
+
+NOISE = 300 << 20  # below it a measured peak says as much about Python as about the step
+SHORT = {STEP: "step", PROBE: "probe", PREFLIGHT: "proof"}
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -37,7 +41,9 @@ def show_measured(found: dict[str, Any], console: Console) -> None:
     ratio = found["predicted_bytes"] / found["measured_bytes"]
     table.add_row("predicted / measured", f"{ratio:.3f}")
     console.print(table)
-    console.print(f"the peak is in the {found['memory']['moment']}")
+    console.print(f"the peak of a {found['memory']['during']} is in the {found['memory']['moment']}")
+    if found["measured_bytes"] < NOISE:
+        console.print(f"too small to compare: Python's own memory moves by tens of MiB; take {NOISE >> 20} MiB or more")
 
 
 def _model(plan: Plan, console: Console) -> None:
@@ -62,8 +68,8 @@ def _settings(plan: Plan, console: Console) -> None:
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus_per_node}"
     title = f"settings on {cluster.gpus} x {cluster.gpu.name} ({nodes}, {cluster.gpu.memory_gib:g} GiB each)"
     table = Table(title=title, title_justify="left")
-    for name in ("data", "recompute", "rows", "micro", "GiB", "fits", "k tokens/s", "days"):
-        table.add_column(name, justify="left" if name in ("data", "recompute", "fits") else "right")
+    for name in ("data", "recompute", "rows", "GiB", "in", "fits", "k tokens/s", "days"):
+        table.add_column(name, justify="left" if name in ("data", "recompute", "in", "fits") else "right")
     for estimate in plan.estimates:
         setting = estimate.setting
         slow, fast = estimate.tokens_per_second_serial, estimate.tokens_per_second
@@ -71,22 +77,23 @@ def _settings(plan: Plan, console: Console) -> None:
         table.add_row(
             setting.kind,
             setting.recompute,
-            str(setting.micro_rows),
-            str(setting.micro_batches),
+            f"{setting.micro_rows} x {setting.micro_batches}",
             f"{estimate.needed_gib:.1f}",
+            SHORT[estimate.memory.during],
             "[green]yes[/green]" if estimate.fits else "[red]no[/red]",
             *speed,
             style="bold" if estimate is plan.chosen else None,
         )
     console.print(table)
     console.print("rows per rank and micro-batch x micro-batches per step; bold: looked at below", style="dim")
+    console.print("in: a plain step, a step that probes gradients or preflight's proof needs most", style="dim")
     if not any(estimate.fits for estimate in plan.estimates):
         console.print("nothing fits: take more GPUs, larger ones, or a shorter data.sequence_length", style="red")
 
 
 def _memory(plan: Plan, console: Console) -> None:
     estimate, memory, assumed = plan.chosen, plan.chosen.memory, plan.assumptions
-    table = Table(title=f"memory of one rank at its peak: {_name(estimate)}", title_justify="left")
+    table = Table(title=f"a rank's peak ({memory.during}): {_name(estimate)}", title_justify="left")
     table.add_column("GiB", justify="right")
     table.add_column("for")
     rows = {
