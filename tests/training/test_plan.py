@@ -1,12 +1,15 @@
 """Plans: hardware, communication and time by hand, and what has to hold between settings."""
 
+import io
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from errors import InputError
+from scripts.plan.tables import show
 from training.config import load_config
 from training.plan import GIB, make_plan
 from training.plan_cost import Assumptions, Communication, Flops, communication, step_time
@@ -103,6 +106,29 @@ def test_the_large_one_fits_on_64_gpus_sharded_and_not_copied():
         assert estimate.setting.micro_rows * estimate.setting.micro_batches * 64 == 256
         assert estimate.needed_gib == pytest.approx(1.05 * estimate.memory.total / GIB + 3)
         assert estimate.fits == (estimate.needed_gib <= 79.1)
+
+
+def test_the_plan_in_the_documentation_is_what_the_planner_prints():
+    """Every figure of it, to the last digit. After a change: paste what the command above it prints."""
+    console = Console(width=80, file=io.StringIO())
+    show(planned("nam56r_4b", 64), console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    printed = "\n".join(lines).partition("settings on")[2].partition("\n- Memory:")[0]
+    documented = (
+        (SCALE.parents[1] / "docs/scaling.md").read_text().partition("```\nsettings on")[2].partition("\n```")[0]
+    )
+    assert documented == printed
+
+
+def test_what_needs_most_decides_whether_it_fits():
+    """Preflight's two whole rows, twice, do not fit without recomputation, however small the micro-batch."""
+    found = {(e.setting.kind, e.setting.recompute): e for e in planned("nam56r_4b", 64).estimates}
+    for kind in ("fsdp", "hsdp"):
+        assert not found[kind, "none"].fits and found[kind, "none"].memory.during == "preflight"
+        assert found[kind, "none"].setting.micro_rows == 1
+    assert found["fsdp", "selective"].memory.during == "step"
+    without = planned("nam56r_4b", 64, kind="fsdp", recompute="none", overrides=("stp.weight=0",))
+    assert without.chosen.fits and {e.memory.during for e in without.estimates} == {"step"}
 
 
 def test_the_config_says_what_is_looked_at_unless_asked_otherwise():

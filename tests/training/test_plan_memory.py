@@ -10,8 +10,8 @@ from errors import InputError
 from model.context import SequenceContext
 from model.hybrid import MIXERS
 from training.config import load_config
-from training.plan_measure import measure
-from training.plan_memory import Stack, peak_memory
+from training.plan_measure import measure, on_this_cpu
+from training.plan_memory import PREFLIGHT, PROBE, STEP, Stack, peak_memory
 from training.plan_trace import Held, trace_block, trace_head
 from training.recompute import recompute
 
@@ -153,32 +153,57 @@ def test_the_head_keeps_its_gradients_and_not_its_logits():
     assert held.kept < tokens * 4096 * 4
 
 
+SIZES = [
+    "model.d_model=256",
+    "model.moe.expert_ff=256",
+    "model.attention.n_heads=4",
+    "data.sequence_length=1024",
+    "data.tokenizer.vocab_size=8192",
+]
+# name -> parallel.recompute, what is done, overrides
 CASES = {
-    "float32": ["model.pattern=AEMR", "precision=fp32"],
-    "bf16 selective": ["model.pattern=AEMR", "precision=bf16"],
-    "experts": ["model.pattern=EEE", "precision=fp32", "train.accumulation=2"],
-    "full": ["model.pattern=MAR", "precision=fp32"],
+    "float32": ("none", STEP, ["model.pattern=AEMR", "precision=fp32"]),
+    "bf16 selective": ("selective", STEP, ["model.pattern=AEMR", "precision=bf16"]),
+    "experts": ("none", STEP, ["model.pattern=EEE", "precision=fp32", "train.accumulation=2"]),
+    "full": ("full", STEP, ["model.pattern=MAR", "precision=fp32"]),
+    "preflight": ("none", PREFLIGHT, ["precision=fp32"]),  # which is in its second forward pass at the peak
+    "preflight, large vocabulary": ("selective", PREFLIGHT, ["precision=bf16", "data.tokenizer.vocab_size=32768"]),
+    "preflight, without embedding": ("full", PREFLIGHT, ["precision=fp32", "stp.boundaries=changes"]),
+    "probing": ("none", PROBE, ["model.pattern=AEMR", "precision=fp32"]),
+    "probing selective": ("selective", PROBE, ["model.pattern=AEMR", "precision=bf16"]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_peaks_are_the_measured_ones_within_a_tenth(name):
-    sizes = [
-        "model.d_model=256",
-        "model.moe.expert_ff=256",
-        "data.sequence_length=1024",
-        "data.tokenizer.vocab_size=8192",
-    ]
-    overrides = [*sizes, "model.attention.n_heads=4", *CASES[name]]
-    kind = name.split()[-1] if name.split()[-1] in ("selective", "full") else "none"
+    kind, during, own = CASES[name]
+    overrides = [*SIZES, *own]
     config = load_config(DEMO, overrides)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    rows = config.train.batch_rows // config.train.accumulation
-    stack = Stack.trace(config.model, 8192, rows, 1024, dtype, kind, "cpu")
-    predicted = peak_memory(stack, accumulates=config.train.accumulation > 1).total
-    measured = measure(DEMO, overrides, kind)
+    predicted = on_this_cpu(config, dtype, kind)[during].total
+    measured = measure(DEMO, overrides, kind, during)
     assert predicted == pytest.approx(measured, rel=0.1), predicted / measured
+
+
+def documented():
+    """Rows of the table of docs/scaling.md: stack, rows, precision, recompute, what; predicted, measured, ratio."""
+    lines = (DEMO.parents[1] / "docs/scaling.md").read_text().partition("| stack | rows |")[2].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip(" |").split("|")] for line in lines]
+    return cells[: cells.index([""])]
+
+
+@pytest.mark.parametrize("row", documented(), ids=lambda row: " ".join(row[:5]))
+def test_the_documented_predictions_are_those_of_now(row):
+    stack, rows, precision, kind, during, predicted, measured, ratio = row
+    overrides = [*SIZES, f"model.pattern={stack}", f"precision={precision}"]
+    if " x " in rows:
+        overrides.append("train.accumulation=" + rows.split(" x ")[1])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    found = on_this_cpu(load_config(DEMO, overrides), dtype, kind)[during].total
+    predicted, measured = (int(number.replace(",", "")) for number in (predicted, measured))
+    assert found / 2**20 == pytest.approx(predicted, rel=0.01)
+    assert predicted / measured == pytest.approx(float(ratio), abs=0.002)
 
 
 def test_measuring_says_where_it_cannot(monkeypatch):
