@@ -8,18 +8,26 @@ from jobs import ROOT, run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "shards", "overrides"),
+    ("config", "shards", "blocks", "experts", "overrides"),
     [
-        ("nam56r_4b", 64, []),
-        ("hybrid_150m", 8, ["parallel.data=hsdp", "parallel.shard_ranks=8"]),
+        ("nam56r_4b", 64, 52, 22, []),
+        ("hybrid_150m", 8, 12, 5, ["parallel.data=hsdp", "parallel.shard_ranks=8"]),
     ],
 )
-def test_64_ranks_build_cut_and_take_a_step(tmp_path, config, shards, overrides):
-    job = run(0, "simulation_worker.py", ROOT / f"configs/scale/{config}.yaml", 5, *overrides, cwd=tmp_path)
+def test_64_ranks_build_cut_and_take_a_step(tmp_path, config, shards, blocks, experts, overrides):
+    """The first, one in the middle and the last: forward, backward, clipping, update and the experts' balance."""
+    path = ROOT / f"configs/scale/{config}.yaml"
+    job = run(0, "simulation_worker.py", path, "0,5,63", *overrides, cwd=tmp_path)
     assert job.returncode == 0, job.stderr[-3000:]
-    found = json.loads(job.stdout)
-    assert found["local"] == pytest.approx(found["parameters"] / shards, rel=0.02)
-    assert found["gradients"] and found["optimizer"]
-    assert len(found["states"]) == (53 if config == "nam56r_4b" else len(found["states"]))
-    assert set(found["states"]) == {"torch.float32"}
-    assert found["megabytes"] < 2000
+    ranks = json.loads(job.stdout)
+    assert len(ranks) == 3
+    for found in ranks:
+        assert found["local"] == pytest.approx(found["parameters"] / shards, rel=0.02)
+        assert found["gradients"] and found["optimizer"]
+        assert found["states"] == ["torch.float32"] * (blocks + 1)
+        assert found["norm"] == [[], False]  # one number for all ranks, not a part of it
+        assert len(found["experts"]) == experts and all(len(shape) == 1 for shape in found["experts"])
+        assert found["megabytes"] < 2000
+    rows = [found["rows"] for found in ranks]
+    assert all(len(part) == len(rows[0]) for part in rows)
+    assert rows[0][0] == 0 and rows[-1][-1] == 64 * len(rows[0]) - 1 and rows[1][0] == 5 * len(rows[0])
