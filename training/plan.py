@@ -234,8 +234,8 @@ NOTES = (
     "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for RMSNorm, flex attention, "
     "causal_conv1d and mamba_chunk_scan_combined. UNMEASURED on a GPU. The same method meets a CPU's measured peak "
     "(--measure), but the CPU's kernels keep other tensors.",
-    "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. Two ranks over gloo on a "
-    "CPU needed 7% less than that says; UNMEASURED on a GPU.",
+    "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. Two ranks over gloo "
+    "on a CPU needed 7% less than that says; UNMEASURED on a GPU.",
     "Time: executed matmul FLOPs at the assumed share of the peak, rings at the assumed share of the links. "
     "UNMEASURED. R's time loop, latencies, data, validation and checkpoints are not in it.",
     "Preflight proves two whole rows on every rank, whatever the micro-batch, and gathers gradients of whole blocks; "
