@@ -5,13 +5,16 @@ torchrun --nproc-per-node 2 parity_worker.py CASES.json: `Case`s as JSON, each w
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 
 from blocks.eblock import MoEConfig, balance
 from blocks.mblock import Mamba2Config
+from data.batch import Batch
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
@@ -19,6 +22,7 @@ from training.checkpoint import CheckpointConfig, Checkpointer
 from training.distributed import ParallelConfig, World
 from training.machine import configure_threads
 from training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, optimizer_tensors
+from training.preflight import Preflight, require_ok
 from training.sharding import full
 
 VOCAB, ROWS, LENGTH = 97, 8, 64
@@ -76,6 +80,11 @@ def train(world, case):
     if case.load:
         keeper = Checkpointer(case.load, world=world)
         first = keeper.load(keeper.latest_valid(), tensors)["step"]
+    if case.compile != "none":  # every boundary's own gradient, through compiled graphs
+        tokens, ids, row_ids = batch(0)
+        rows = Batch(tokens, tokens.roll(-1, 1), ids, row_ids)
+        preflight = Preflight.of(model, objective, nullcontext, dtype, seed=0, world=world)
+        require_ok(preflight.run(rows, objective.draw(ids, row_ids, 0)), "of compiled blocks")
     found = []
     for step in range(first, first + case.steps):
         tokens, ids, row_ids = batch(step)
@@ -103,7 +112,7 @@ def train(world, case):
         saver = Checkpointer(case.save, CheckpointConfig(mode="sync"), world=world)
         assert saver.save(first + case.steps, tensors, {"step": first + case.steps}) is None
     weights = {name: full(tensor).double().flatten().tolist() for name, tensor in model.state_dict().items()}
-    return {"steps": found, "weights": weights}
+    return {"steps": found, "weights": weights, "graphs": counters["stats"]["unique_graphs"]}
 
 
 def main(cases):
