@@ -18,6 +18,8 @@ from llvmlite import ir
 from numba import njit, types
 from torch import Tensor
 
+import blocks.kernels.numba_linkage  # noqa: F401  before anything is compiled
+
 intrinsic: Any = numba.extending.intrinsic  # whose stubs do not know that the typing context is not an argument
 
 # Everything that `fastmath=True` means, except nnan and ninf.
