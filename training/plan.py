@@ -231,9 +231,9 @@ class _Planner:
 
 # What a reader has to know about the figures; shown below them and in --json.
 NOTES = (
-    "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for RMSNorm, flex attention, "
-    "causal_conv1d and mamba_chunk_scan_combined. UNMEASURED on a GPU. The same method meets a CPU's measured peak "
-    "(--measure), but the CPU's kernels keep other tensors.",
+    "Memory: the blocks' GPU code path traced on fake tensors, with stand-ins for RMSNorm and flex attention, and the "
+    "shapes alone of causal_conv1d and mamba_chunk_scan_combined. UNMEASURED on a GPU. The same method meets a CPU's "
+    "measured peak (--measure), but the CPU's kernels keep other tensors.",
     "Sharding: FSDP2's gathered blocks (two and a buffer), gradient buffer and root are assumed. Two ranks over gloo "
     "on a CPU needed 7% less than that says; UNMEASURED on a GPU.",
     "Time: executed matmul FLOPs at the assumed share of the peak, rings at the assumed share of the links. "

@@ -26,9 +26,9 @@ def command(monkeypatch, capsys):
 def test_the_tables_say_what_is_needed_and_what_is_unmeasured(command):
     code, out = command("--gpu", "rtx4090-24gb")
     assert code == 0
-    for words in ("149.4 M parameters", "settings on 1 x rtx4090-24gb", "memory of one rank", "the run", "to set"):
+    for words in ("149.4 M parameters", "settings on 1 x rtx4090-24gb", "a rank's peak (step)", "the run", "to set"):
         assert words in out, words
-    assert out.count("UNMEASURED") == 3 and "assumed" in out
+    assert out.count("UNMEASURED") == 4 and "assumed" in out
 
 
 def test_json_holds_the_same_and_nothing_else(command):
