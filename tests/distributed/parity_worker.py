@@ -62,7 +62,7 @@ class Case:
 
 
 def train(world, case):
-    dtype = getattr(torch, case.dtype)
+    dtype, graphs = getattr(torch, case.dtype), counters["stats"]["unique_graphs"]
     config = ModelConfig(
         pattern="AMER",
         d_model=32,
@@ -112,7 +112,7 @@ def train(world, case):
         saver = Checkpointer(case.save, CheckpointConfig(mode="sync"), world=world)
         assert saver.save(first + case.steps, tensors, {"step": first + case.steps}) is None
     weights = {name: full(tensor).double().flatten().tolist() for name, tensor in model.state_dict().items()}
-    return {"steps": found, "weights": weights, "graphs": counters["stats"]["unique_graphs"]}
+    return {"steps": found, "weights": weights, "graphs": counters["stats"]["unique_graphs"] - graphs}
 
 
 def main(cases):
