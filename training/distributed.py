@@ -8,12 +8,9 @@ because every loss is a share of a mean over the global batch.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
-import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,14 +28,12 @@ from data.batch import IGNORE_LABEL, Batch
 from errors import InputError, require, require_choice, require_number
 from training.building import Fill
 from training.compile import compile_blocks
-from training.meeting import leave_together, meet
+from training.meeting import PARTING, leave_together, meet, teardown
 from training.recompute import RECOMPUTE, recompute
 from training.sharding import GATHERED, shard
 from training.shared_errors import SHARED, tell, told_error
 
 T = TypeVar("T")
-# How long a rank that has failed waits for the others: all raise what was shared; alone, it must not hold up the end.
-PARTING = timedelta(seconds=20)
 KINDS = ("none", "ddp", "fsdp", "hsdp")
 
 
@@ -125,8 +120,7 @@ class World:
         world.again = again
         try:
             world.mesh = make_mesh(config, device.type, size)
-            for group in world.mesh.get_all_groups():  # a mesh makes its own, with torch's 10 or 30 minutes
-                _set_pg_timeout(timeout, group)
+            _limit(world.mesh, timeout)
             yield world
         except SHARED as error:
             traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -278,23 +272,7 @@ def make_mesh(config: ParallelConfig, device_type: str, size: int) -> DeviceMesh
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def teardown(error: BaseException | None = None) -> None:
-    """Takes the process group down. Live sharded tensors at interpreter exit abort gloo now and then (measured: 1 to 4
-    of 12), so the caller has let go of model and optimizer.
-
-    error: with which this process leaves, alone perhaps. NCCL may then wait for ranks that are in another collective;
-    so after `PARTING` it is said and the process ends as it is.
-    """
-    gc.collect()
-    leave = threading.Timer(PARTING.total_seconds(), _leave, [error])
-    leave.daemon = True
-    if error is not None:
-        leave.start()
-    dist.destroy_process_group()
-    leave.cancel()
-
-
-def _leave(error: BaseException) -> None:
-    traceback.print_exception(type(error), error, None if isinstance(error, SHARED) else error.__traceback__)
-    sys.stderr.flush()
-    os._exit(getattr(error, "exit_code", 1))
+def _limit(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """A mesh makes groups of its own, with torch's 10 or 30 minutes."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
