@@ -120,6 +120,7 @@ def test_closing_the_terminal_ends_nothing(place):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     shell, terminal = pty.fork()
     if shell == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored in all that runs under nohup
         os.execve("/bin/sh", ["sh", "-c", f"{typed}; exec sleep 1000"], environment)
     folder = place / "runs" / "night"
     until(lambda: live_owner(folder) and read_receipt(folder).get("checkpoints"), 120)
