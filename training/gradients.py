@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from training.sharding import full, unsharded
+from training.sharding import unsharded
 
 
 def by_backward(
@@ -17,7 +16,7 @@ def by_backward(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """d scalar / d states (activations) and / d parameters of the model, None where none arrives; keeps the graph.
 
-    Parameters' gradients are whole on every rank and summed over ranks. `.grad` is afterwards as it was.
+    Parameters' gradients are summed over ranks and cut as the parameters are. `.grad` is afterwards as it was.
     """
     caught: list[Tensor | None] = [None] * len(states)
 
@@ -34,11 +33,9 @@ def by_backward(
             parameter.grad = None
         with unsharded(model):
             scalar.backward(retain_graph=True)
-        found = [parameter.grad for parameter in parameters]
+        return caught, [parameter.grad for parameter in parameters]
     finally:
         for handle in handles:
             handle.remove()
         for parameter, gradient in kept:
             parameter.grad = gradient
-    with torch.no_grad():
-        return caught, [None if gradient is None else full(gradient) for gradient in found]

@@ -15,7 +15,6 @@ from losses.objective import Objective, STPConfig
 from training.plan_memory import F32, PREFLIGHT, PROBE, STEP, Memory, Replay, Stack, largest
 
 ROWS = 2  # of the batch, whole, on every rank, whatever the micro-batch
-FORWARDS = 2  # whose graphs are there at once: the second begins while the first one's output is held
 
 
 def repeated(recompute: str) -> str:
@@ -77,9 +76,8 @@ def preflight(replay: Replay, boundaries: Sequence[int]) -> list[Memory]:
         found.append(replay.at(name, gradients, activations, working, states, during=PREFLIGHT))
 
     for index, block in enumerate(stack.blocks):
-        before = (FORWARDS - 1) * kept + sum(replay.kept_in_autocast[:index])
-        states = (FORWARDS - 1) * replay.whole + (index + 1) * state
-        moment(f"forward {FORWARDS} of block {index + 1}", 0, before, block.forward_peak, states)
+        before = sum(replay.kept_in_autocast[:index])
+        moment(f"forward of block {index + 1}", 0, before, block.forward_peak, (index + 1) * state)
     again = F32 * head.parameters + state  # what one more loss of the same states keeps
     moment("total with the gate shut", 0, kept, head.forward_peak - state + again)
     held = kept + head.kept - state + again
@@ -91,12 +89,10 @@ def preflight(replay: Replay, boundaries: Sequence[int]) -> list[Memory]:
         moment(f"backward of the total's block {index + 1}", gradients, held + compared, working + dense)
     root = F32 * stack.root if replay.gathers else 0
     moment("end of the total's backward", replay.weights + root, held + compared, max(root, state))
-    # where weights are cut, the gradients of a boundary's module and all blocks above are made whole on every rank
-    lowest = boundaries[0]
-    above = F32 * sum(block.parameters for block in stack.blocks[max(lowest - 1, 0) :]) if replay.gathers else 0
+    # of a boundary's own gradients its block's are looked at, whole on every rank
+    blocks = [stack.blocks[boundary - 1].parameters for boundary in boundaries if 0 < boundary <= len(stack.blocks)]
     link = max(block.backward_peak for block in stack.blocks) + 4 * state
-    moment("gradient below the lowest boundary", replay.weights, held + above, link)
-    if lowest == 0:  # its norm in float64
-        whole = above + (F32 * stack.embedding if replay.gathers else 0)
-        moment("norm of the embedding's gradient", replay.weights, held + whole, 4 * F32 * stack.embedding)
+    moment("gradient below a boundary", F32 * max(blocks, default=0), held, link)
+    if 0 in boundaries:  # its norm in float64
+        moment("norm of the embedding's gradient", F32 * stack.embedding, held, 4 * F32 * stack.embedding)
     return found

@@ -200,6 +200,7 @@ class Preflight:
         """
         shape = (*batch.tokens.shape, self.model.config.d_model)
         for _ in range(2):
+            output: Any = None  # the first graph is let go before the second one grows
             for mixer in self.model.moe_mixers():
                 mixer.counts.zero_()
             with Watch(self.model) as watch, torch.enable_grad(), self.autocast():

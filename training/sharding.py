@@ -60,8 +60,7 @@ def _copy_first_replica(model: nn.Module, mesh: DeviceMesh) -> None:
     """Each machine has drawn the weights itself, and another processor may round their last bit otherwise; summed
     gradients would never bring the copies together again."""
     for parameter in model.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        dist.broadcast(local.detach(), group=mesh.get_group(0), group_src=0)
+        dist.broadcast(own_part(parameter.detach()), group=mesh.get_group(0), group_src=0)
 
 
 def _own(module: nn.Module, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -102,6 +101,11 @@ def keep_gathered(model: nn.Module) -> Iterator[None]:
     finally:
         if is_sharded:
             root.set_reshard_after_backward(True, recurse=False)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:

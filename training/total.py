@@ -19,6 +19,7 @@ from data.batch import Batch
 from losses.objective import Objective
 from losses.triples import Triples
 from training.gradients import by_backward
+from training.sharding import full
 
 VALUE_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-2
@@ -88,7 +89,8 @@ def _leaves(model: Any) -> list[Tensor]:
 
 
 def _gradients(model: Any, scalar: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-    return by_backward(model, scalar, parameters=leaves)[1]
+    found = by_backward(model, scalar, parameters=leaves)[1]
+    return [None if gradient is None else full(gradient) for gradient in found]
 
 
 def _differences(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Iterator[Tensor]:

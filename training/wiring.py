@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.context import SequenceContext
 from training.distributed import World
 from training.gradients import by_backward
-from training.sharding import unsharded
+from training.sharding import full, own_part, unsharded
 
 LINK_TOLERANCE = 1e-3
 SMALLEST_RATIO = 1e-4  # of the largest boundary gradient; a single parameter must only be non-zero
@@ -141,7 +141,10 @@ def check_boundary(
     states_here = [here] if below is None else [here, below]
     of_states, of_parameters = by_backward(model, term, states_here, [*named.values(), *above_parameters])
     grad_here, grad_below = of_states[0], of_states[-1]
-    own, over = of_parameters[: len(named)], of_parameters[len(named) :]
+    own = [None if grad is None else full(grad) for grad in of_parameters[: len(named)]]
+    over = of_parameters[len(named) :]  # zeros, of all the blocks above: every rank looks at its part
+    reaches_above = world.any(any(grad is not None and bool(own_part(grad).any()) for grad in over))
+    del of_parameters, over
 
     if grad_here is None or not bool(torch.isfinite(grad_here).all()) or not bool(grad_here.any()):
         result.problems["state_gradient"] = f"gradient of its term at the state is {_word(grad_here)}"
@@ -154,7 +157,7 @@ def check_boundary(
         if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
             result.problems.setdefault("block_parameters", f"gradient of {name} is {_word(grad)}")
     result.block_grad_norm = sum(float(g.double().square().sum()) for g in own if g is not None) ** 0.5
-    if any(grad is not None and bool(grad.any()) for grad in over):
+    if reaches_above:
         result.problems["blocks_above"] = "its term reaches a block above it: the list is permuted or off by one"
     if world.any(bool(result.problems)):
         return result
@@ -199,6 +202,7 @@ def check_predictor(model: Any, predictor: nn.Module, terms: list[Tensor]) -> st
             return f"{name} is not among the model's parameters: it would be neither trained nor saved"
         for term in terms:
             (grad,) = by_backward(model, term, parameters=[parameter])[1]
+            grad = None if grad is None else full(grad)
             if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
                 return f"gradient of {name} is {_word(grad)}"
     return None

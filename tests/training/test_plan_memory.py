@@ -166,7 +166,7 @@ CASES = {
     "bf16 selective": ("selective", STEP, ["model.pattern=AEMR", "precision=bf16"]),
     "experts": ("none", STEP, ["model.pattern=EEE", "precision=fp32", "train.accumulation=2"]),
     "full": ("full", STEP, ["model.pattern=MAR", "precision=fp32"]),
-    "preflight": ("none", PREFLIGHT, ["precision=fp32"]),  # which is in its second forward pass at the peak
+    "preflight": ("none", PREFLIGHT, ["precision=fp32"]),
     "preflight, large vocabulary": ("selective", PREFLIGHT, ["precision=bf16", "data.tokenizer.vocab_size=32768"]),
     "preflight, without embedding": ("full", PREFLIGHT, ["precision=fp32", "stp.boundaries=changes"]),
     "probing": ("none", PROBE, ["model.pattern=AEMR", "precision=fp32"]),

@@ -149,8 +149,8 @@ def find(moments, name):
 
 def test_preflight_by_hand():
     moments = preflight(by_hand(), [0, 1, 3])
-    second = find(moments, "forward 2 of block 2")
-    assert (second.activations, second.states, second.working) == (2 * 50 + 50, 4 * 10 + 2 * 10, 80)
+    forward_pass = find(moments, "forward of block 2")
+    assert (forward_pass.activations, forward_pass.states, forward_pass.working) == (50, 2 * 10, 80)
     held = 2 * 50 + (15 - 10) + 4 * 30 + 10  # blocks, both losses of the head
     last = find(moments, "backward of the total's block 2")
     assert (last.gradients, last.activations) == (4 * 30, held + 4 * (20 + 100))
@@ -160,10 +160,10 @@ def test_preflight_by_hand():
 
 
 def test_cut_weights_are_whole_once_more_in_preflight():
-    cut = find(preflight(by_hand(shards=10, gathers=True), [2]), "gradient below the lowest boundary")
-    assert (
-        cut.activations - find(preflight(by_hand(), [2]), "gradient below the lowest boundary").activations == 4 * 100
-    )
+    """The gradients of one boundary's block at a time, not those of all blocks above it."""
+    moments = preflight(by_hand(shards=10, gathers=True), [0, 1, 2])
+    assert find(moments, "gradient below a boundary").gradients == 4 * 100
+    assert find(moments, "norm of the embedding's gradient").gradients == 4 * 20
 
 
 def test_a_probing_step_by_hand():
