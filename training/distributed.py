@@ -205,7 +205,7 @@ class World:
         dist.all_gather(found, padded, group=group)
         return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in found]
 
-    def from_main(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0 (JSON-able), on every rank. An error of this project or of the disk is
         raised on all of them."""
         if self.mesh is None:
@@ -215,9 +215,9 @@ class World:
             try:
                 told = {"value": work()}
             except SHARED as error:
-                self.gather({"error": tell(error)}, group)
+                self.gather({"error": tell(error)})
                 raise
-        told = self.gather(told, group)[0]
+        told = self.gather(told)[0]
         if "error" in told:
             raise told_error(told["error"])
         return told["value"]

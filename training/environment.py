@@ -56,7 +56,7 @@ def code_sha256() -> str:
     packages = ("model", "blocks", "losses", "data", "analysis", "training")
     files = [*root.glob("*.py"), *(path for package in packages for path in (root / package).rglob("*.py"))]
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(path for path in files if not path.name.startswith(".")):  # an editor's: no name of a module
         digest.update(f"{path.relative_to(root)}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ from a folder before its manifest has been checked, and a folder without one was
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -25,10 +26,13 @@ def entries(folder: Path, prefix: str = "") -> dict[str, Any]:
 def write_manifest(folder: Path, step: int, known: dict[str, Any] | None = None) -> str:
     """Writes what `entries` says of every file below folder; returns the manifest's own sha256. Raises OSError.
 
-    known: entries of files that other processes wrote and hashed; the rest is hashed here.
+    known: entries of files that other processes wrote and hashed, which must be there; the rest is hashed here.
     """
-    known = known or {}
-    files = {name: known.get(name) or _entry(folder / name) for name in _files(folder)}
+    known, present = known or {}, _files(folder)
+    unseen = sorted(known.keys() - set(present))
+    if unseen:
+        raise OSError(errno.ENOENT, "written by another rank and not seen by rank 0: no shared disk?", unseen[0])
+    files = {name: known.get(name) or _entry(folder / name) for name in present}
     content: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
     content["self_sha256"] = hashlib.sha256(canonical_json(content)).hexdigest()
     data = canonical_json(content)

@@ -238,7 +238,8 @@ NOTES = (
     "on a CPU needed 7% less than that says; UNMEASURED on a GPU.",
     "Time: executed matmul FLOPs at the assumed share of the peak, rings at the assumed share of the links. "
     "UNMEASURED. R's time loop, latencies, data, validation and checkpoints are not in it.",
-    "Preflight proves two whole rows on every rank, whatever the micro-batch, and keeps whole gradients of the embedding and the last block; "
-    "`in` says whether it, a step that probes gradients or a plain step needs most. UNMEASURED on a GPU. Probes of the "
-    "forward pass, validation and what the controls prove beyond STP's checks are not in it.",
+    "Preflight proves two whole rows on every rank, whatever the micro-batch, and keeps whole gradients of the "
+    "embedding and the last block; `in` says whether it, a step that probes gradients or a plain step needs most. "
+    "UNMEASURED on a GPU. Probes of the forward pass, validation and what the controls prove beyond STP's checks are "
+    "not in it.",
 )

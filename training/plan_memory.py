@@ -183,10 +183,3 @@ class Replay:
 
 def largest(moments: Sequence[Memory]) -> Memory:
     return max(moments, key=lambda memory: memory.total)
-
-
-def peak_memory(
-    stack: Stack, shards: int = 1, gathers: bool = False, accumulates: bool = False, weight_bytes: int = F32
-) -> Memory:
-    """Of a plain step; arguments as of `Replay`."""
-    return largest(Replay(stack, shards, gathers, accumulates, weight_bytes).step())

@@ -183,7 +183,7 @@ class Preflight:
             problems = [f"boundary {b.index}: {b.problems[name]}" for b in report.boundaries if name in b.problems]
             report.checks[name] = problems[0] if problems else None
         report.checks.update(check_control(self.objective, output, triples))
-        report.checks["total"] = check_total(self.model, self.objective, totals, terms)
+        report.checks["total"] = check_total(self.model, self.objective, totals, terms, self.world)
 
     def _more(self, batch: Batch, triples: Triples) -> Triples:
         """With further draws for the same rows where the step's own are few: a row without room, or equal tokens at the

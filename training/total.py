@@ -18,6 +18,7 @@ from torch import Tensor
 from data.batch import Batch
 from losses.objective import Objective
 from losses.triples import Triples
+from training.distributed import World
 from training.gradients import by_backward
 from training.sharding import full
 
@@ -53,7 +54,9 @@ class ForcedTotals:
         return cls(total(WEIGHT), total(0.0))
 
 
-def check_total(model: Any, objective: Objective, totals: ForcedTotals, terms: dict[int | str, Tensor]) -> str | None:
+def check_total(
+    model: Any, objective: Objective, totals: ForcedTotals, terms: dict[int | str, Tensor], world: World
+) -> str | None:
     """Forced open, the objective's total is LM + weight x STP. A control's has exactly the gradient of the LM.
 
     The gradient is compared with the one of that sum, and not by what the gate adds to the LM's: bfloat16 rounds what
@@ -64,12 +67,13 @@ def check_total(model: Any, objective: Objective, totals: ForcedTotals, terms: d
     """
     opened, closed = totals.opened, totals.closed
     leaves = _leaves(model)
-    if not opened.requires_grad:
-        return "it has no gradient"
     stp = sum(terms.values(), torch.zeros((), device=opened.device)) / len(terms)
     expected_total = float(closed.detach()) + WEIGHT * float(stp.detach())
+    problem = None if opened.requires_grad else "it has no gradient"
     if not abs(float(opened.detach()) - expected_total) <= VALUE_TOLERANCE * (1 + abs(expected_total)):
-        return f"forced open it is {float(opened.detach()):.6f}, LM + weight x STP is {expected_total:.6f}"
+        problem = f"forced open it is {float(opened.detach()):.6f}, LM + weight x STP is {expected_total:.6f}"
+    if world.any(problem is not None):  # one that left alone would leave the others waiting in a collective
+        return problem
     seen = _gradients(model, opened, leaves)
     if objective.is_control:
         sent = any(bool(part.any()) for part in _differences(seen, _gradients(model, closed, leaves)))

@@ -154,12 +154,6 @@ def _round_to_bfloat16(builder: Any, value: Any) -> Any:
 
 
 @njit(fastmath=FASTMATH)
-def from_bfloat16(bits):
-    """uint16 bfloat16 bits -> float32, exact."""
-    return bits_to_float(np.uint32(np.uint32(bits) << np.uint32(16)))
-
-
-@njit(fastmath=FASTMATH)
 def to_bfloat16(value):
     """float32 -> uint16 bfloat16 bits, round to nearest even; NaN stays NaN."""
     bits = float_to_bits(np.float32(value))

@@ -128,6 +128,14 @@ def test_a_pickle_in_any_file_never_runs(damaged, name, manifest):
         assert load_checkpoint(path, into) == {"n": 2} and into["model"]["a"].eq(2).all()
 
 
+def test_a_shard_of_another_rank_that_is_not_there_fails_the_save(damaged):
+    """As where the ranks' folders are not one: a manifest of what happens to be there would call it whole."""
+    _, path, _ = damaged
+    known = {"tensors/shard-00002-model-00001.safetensors": {"bytes": 8, "sha256": "0" * 64}}
+    with pytest.raises(OSError, match="written by another rank"):
+        write_manifest(path, 2, known)
+
+
 def test_a_torch_save_file_in_place_of_the_tensors_never_runs(damaged):
     keeper, path, messages = damaged
     torch.save({"a": Payload()}, path / FILES[2])

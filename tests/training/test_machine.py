@@ -198,6 +198,7 @@ def test_code_is_known_by_its_files(tmp_path, monkeypatch):
     seen.append(code_sha256())
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/notes.py").write_text("no code of ours")
+    (tmp_path / ".#train.py").symlink_to("somebody@machine.1234")  # Emacs, of a file with changes
     assert code_sha256() == seen[-1] and len(set(seen)) == 3
 
 

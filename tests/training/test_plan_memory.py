@@ -11,7 +11,7 @@ from model.context import SequenceContext
 from model.hybrid import MIXERS
 from training.config import load_config
 from training.plan_measure import measure, on_this_cpu
-from training.plan_memory import PREFLIGHT, PROBE, STEP, Stack, peak_memory
+from training.plan_memory import PREFLIGHT, PROBE, STEP, Replay, Stack, largest
 from training.plan_trace import Held, trace_block, trace_head
 from training.recompute import recompute
 
@@ -100,7 +100,7 @@ def by_hand(**changes):
 
 def test_the_peak_of_one_process_by_hand():
     stack = by_hand()
-    peak = peak_memory(stack)
+    peak = largest(Replay(stack).step())
     assert (stack.root, stack.parameters) == (50, 250)
     assert peak.moment == "backward of block 1"  # the head's and the last block's gradients are there by then
     assert (peak.weights, peak.gradients, peak.optimizer, peak.gathered) == (1000, 4 * 130, 2000, 0)
@@ -110,28 +110,28 @@ def test_the_peak_of_one_process_by_hand():
 
 
 def test_gradients_are_there_all_the_time_when_they_accumulate():
-    peak = peak_memory(by_hand(), accumulates=True)
+    peak = largest(Replay(by_hand(), accumulates=True).step())
     assert (peak.moment, peak.gradients) == ("backward of block 2", 1000)
 
 
 def test_forward_holds_the_states_so_far_and_none_of_the_pass_before():
     block = Held(1, 1000, 1000, 1000, 5000, 1001)
-    peak = peak_memory(by_hand(blocks=(block, block), state=1000))
+    peak = largest(Replay(by_hand(blocks=(block, block), state=1000)).step())
     assert (peak.moment, peak.states) == ("forward of block 2", 2000)
 
 
 def test_shards_cut_what_is_kept_and_add_what_is_gathered():
-    whole, cut = peak_memory(by_hand()), peak_memory(by_hand(), shards=10, gathers=True)
+    whole, cut = largest(Replay(by_hand()).step()), largest(Replay(by_hand(), shards=10, gathers=True).step())
     assert (cut.weights, cut.optimizer) == (whole.weights // 10, whole.optimizer // 10)
     assert cut.gathered == 4 * (50 + 3 * 100)
 
 
 def test_the_root_s_gradient_is_whole_until_the_end_where_weights_are_gathered():
-    cut = peak_memory(by_hand(), shards=10, gathers=True)
+    cut = largest(Replay(by_hand(), shards=10, gathers=True).step())
     assert (cut.moment, cut.gradients) == ("backward of block 2", 4 * 30)
-    again = peak_memory(by_hand(), shards=10, gathers=True, accumulates=True)
+    again = largest(Replay(by_hand(), shards=10, gathers=True, accumulates=True).step())
     assert again.gradients == 4 * 30 + 4 * 250 // 10
-    wide = peak_memory(by_hand(embedding=20_000), shards=10, gathers=True)
+    wide = largest(Replay(by_hand(embedding=20_000), shards=10, gathers=True).step())
     root = 20_000 + 30
     assert (wide.moment, wide.working) == ("reduction of the root", 4 * root)
     assert wide.gradients == 4 * (root + 200) // 10 + 4 * root

@@ -10,6 +10,7 @@ from data.batch import Batch
 from losses.objective import Objective, STPConfig
 from model.context import SequenceContext
 from model.hybrid import HybridLM, ModelConfig
+from training.distributed import World
 from training.evidence import gradient_evidence
 from training.gradients import by_backward
 from training.plan_memory import PREFLIGHT, PROBE, STEP, Replay, Stack
@@ -57,7 +58,7 @@ def test_gradients_of_a_large_embedding_are_compared_without_whole_copies(monkey
 
     def make():
         model, objective, *rest = forward("A", 60_000)
-        return model, objective, *totals_of(model, objective, *rest)
+        return model, objective, *totals_of(model, objective, *rest), World.alone()
 
     embedding = 4 * 60_000 * D_MODEL
     assert grown(make, check_total) < 4 * embedding
@@ -78,9 +79,21 @@ def test_the_error_is_that_of_the_whole_vectors(factor):
 
     difference = flat(given.opened) - flat(totals.closed + WEIGHT * stp)
     expected = float(difference.norm() / (WEIGHT * flat(stp)).norm())
-    problem = check_total(model, objective, given, terms)
+    problem = check_total(model, objective, given, terms, World.alone())
     assert (problem is None) == (expected <= 3e-2) == (factor < 1.03)
     assert problem is None or f"differs by {expected:.1e} from" in problem
+
+
+def test_a_rank_whose_total_is_sound_leaves_with_one_whose_total_is_not(monkeypatch):
+    """The gradients are a matter of all ranks: one that went on alone would wait there for the others."""
+    model, objective, *rest = forward("AE")
+    totals, terms = totals_of(model, objective, *rest)
+    elsewhere = World.alone()
+    elsewhere.any = lambda here: True
+    monkeypatch.setattr("training.total.by_backward", lambda *_, **__: pytest.fail("alone"))
+    assert check_total(model, objective, totals, terms, elsewhere) is None
+    off = ForcedTotals(totals.opened + 1, totals.closed)
+    assert "LM + weight x STP" in check_total(model, objective, off, terms, elsewhere)
 
 
 def step(model, objective, batch, triples, output):
