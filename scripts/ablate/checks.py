@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from errors import require
 from scripts.ablate.space import is_trial
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 ROWS = "data.sequence_length"
 # Letters of a run_id (training/config.py).
 LONGEST = 128
+
+
+def check_axes(arms: Mapping[str, Mapping[str, Any]], axes: Iterable[str], path: Path) -> None:
+    """No arm says anything about the key of an axis: the axis would win, and "none" could train with STP on."""
+    for key in axes:
+        for arm, changes in arms.items():
+            require(key not in changes, f"{path}: arm {arm}", f"{key} is an axis; an arm cannot set it")
 
 
 def check_run_ids(grid: Grid) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError, nearest, require, require_choice
-from scripts.ablate.checks import check_different, check_pairs, check_run_ids
+from scripts.ablate.checks import check_axes, check_different, check_pairs, check_run_ids
 from scripts.ablate.expression import Expression
 from scripts.ablate.space import Search, Trial, read_search, require_whole
 from training.config import RunConfig, load_config
@@ -143,6 +143,7 @@ def load_grid(
         require_whole(f"{path}: seeds", seed, 0)
     require(len(set(seeds)) == len(seeds), f"{path}: seeds", f"one is given twice in {seeds}")
     axes = _axes(content.get("axes") or {}, path)
+    check_axes(arms, (key for key, _ in axes.values()), path)
     keep = [Expression(text, f"{path}: filters") for text in content.get("filters") or []]
     cells = []
     for seed in seeds:
