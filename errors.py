@@ -91,30 +91,41 @@ def exit_with(main: Callable[[], int | None]) -> None:
     """Runs main and turns the errors of this module into one line on stderr and their exit code."""
     try:
         code = main() or 0
-    except (InputError, PreflightError, StorageError, Stopped) as error:
-        _say_of(error, f"{'error' if error.exit_code != 4 else 'stopped'}: {error}")
-        code = error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
-    except OSError as error:
-        if error.errno == errno.EPIPE and (_is_cut(sys.stdout) or _is_cut(sys.stderr)):
-            code = 128 + signal.SIGPIPE  # its reader has enough, such as `head`: the shell's code, and no word
-        elif error.errno in STORAGE_ERRNOS:
-            _say_of(error, f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
-            code = StorageError.exit_code
-        else:
+    except BaseException as error:
+        said = say(error)
+        if said is None:
             raise
-    if code == Stopped.exit_code and ("TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
-        # torchrun takes any other code for a failure and starts the job again, srun for one that it has to end the
-        # other ranks for; the receipt has the truth
-        code = 0
+        code = said
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # a full disk, a cut pipe: the interpreter would try once more and make the code 120 of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def say(error: BaseException) -> int | None:
+    """Says what a person can act on as one line on stderr; the exit code. None, and no word: anything else, which keeps
+    its traceback."""
+    if isinstance(error, Stopped):
+        _say_of(error, f"stopped: {error}")
+        # torchrun takes any other code for a failure and starts the job again, srun for one that it has to end the
+        # other ranks for; the receipt has the truth
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+        return 0 if launched else Stopped.exit_code
+    if isinstance(error, (InputError, PreflightError, StorageError)):
+        _say_of(error, f"error: {error}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted")
+        return 130
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE and (_is_cut(sys.stdout) or _is_cut(sys.stderr)):
+            return 128 + signal.SIGPIPE  # its reader has enough, such as `head`: the shell's code, and no word
+        if error.errno in STORAGE_ERRNOS:
+            _say_of(error, f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+            return StorageError.exit_code
+    return None
 
 
 def _say_of(error: BaseException, line: str) -> None:

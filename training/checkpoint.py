@@ -112,16 +112,23 @@ class Checkpointer:
         data = canonical_json({"step": step, "state": state})
         state = json.loads(data)["state"]  # a copy that the caller cannot change under the writing thread
         copies = snapshot(flatten(tensors))
-        self._thread = threading.Thread(target=self._write, args=(step, copies, state, data), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(
+            target=self._write, args=(step, copies, state, data), name=f"checkpoint-{step}", daemon=True
+        )
         self._thread.start()
         if self.config.mode == "sync":
             return self.wait()
         return earlier
 
-    def wait(self) -> str | None:
-        """Waits for the save in flight; returns its error, or None. Call it before the process ends."""
+    def wait(self, seconds: float | None = None) -> str | None:
+        """Waits for the save in flight; returns its error, or None. Call it before the process ends.
+
+        seconds: not longer. What is still being written then is left: nothing reads a temporary folder.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return f"{self._thread.name}: not finished in {seconds:g} s"
             self._thread = None
         error, self._error = self._error, None
         return error

@@ -36,6 +36,7 @@ from training.progress import Progress, SpeedMeter, Status
 from training.receipt import Receipt
 from training.run import RunFolder
 from training.saving import Saver
+from training.shared_errors import SHARED
 from training.summary import as_receipt
 from training.watchdog import Watchdog
 
@@ -274,7 +275,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.watchdog.__exit__()
-        self.saver.wait()
+        alone = error is not None and self.world.size > 1 and not isinstance(error, SHARED)
+        self.saver.wait(self.config.parallel.timeout_seconds if alone else None)  # its writers wait for other ranks
         if isinstance(error, Stopped):
             self._close("preempted" if str(error).startswith("preempted") else "stopped", str(error))
         elif isinstance(error, PreflightError):

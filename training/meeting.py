@@ -18,8 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from errors import InputError
-from training.shared_errors import SHARED
+from errors import InputError, say
 
 POLL_SECONDS = 0.05
 # How long a rank that has failed waits for the others: all raise what was shared; alone, it must not hold up the end.
@@ -107,6 +106,8 @@ def teardown(error: BaseException | None = None) -> None:
 
 
 def _leave(error: BaseException) -> None:
-    traceback.print_exception(type(error), error, None if isinstance(error, SHARED) else error.__traceback__)
+    code = say(error)
+    if code is None:
+        traceback.print_exception(error)
     sys.stderr.flush()
-    os._exit(getattr(error, "exit_code", 1))
+    os._exit(1 if code is None else code)

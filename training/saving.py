@@ -85,8 +85,9 @@ class Saver:
             where = f"the newest is {older[0].name}" if older else "there is none yet"
             raise StorageError(f"{problem or f'step {state.step} was not saved'}; {where}: make room and start again")
 
-    def wait(self) -> None:
-        self.checkpoints.wait()
+    def wait(self, seconds: float | None = None) -> None:
+        """Before the process ends. seconds: not longer, where other ranks may be gone."""
+        self.checkpoints.wait(seconds)
 
     def _require_same_data(self, path: Path) -> None:
         """The config names texts, it does not hold them: a file that came or went makes other token ids and another

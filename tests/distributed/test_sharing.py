@@ -141,24 +141,30 @@ def test_copies_of_the_weights_begin_equal(tmp_path):
 HANGS = """
 import sys, time, torch, torch.distributed as dist
 from datetime import timedelta
-from errors import InputError, exit_with
+from errors import InputError, Stopped, exit_with
 from training import distributed, meeting
 meeting.PARTING = timedelta(seconds=1)
 meeting.dist.destroy_process_group = lambda: time.sleep(120)
 def main():
     with distributed.World.join(distributed.ParallelConfig(data="ddp"), torch.device("cpu")):
-        raise {"memory": RuntimeError("out of memory"), "input": InputError("texts: gone")}[sys.argv[1]]
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            raise {"memory": RuntimeError, "input": InputError, "stop": Stopped}[sys.argv[1]](sys.argv[2])
 exit_with(main)
 """
 
 
-@pytest.mark.parametrize(("kind", "code", "line"), [("memory", 1, "out of memory"), ("input", 2, "texts: gone")])
-def test_a_rank_that_fails_leaves_though_its_group_waits_for_others(tmp_path, kind, code, line):
-    """As NCCL does when the other ranks are in another collective."""
-    left = subprocess.run(
-        [sys.executable, "-c", HANGS, kind], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-    )
-    assert left.returncode == code and line in left.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("kind", "code", "line"),
+    [("memory", 1, "RuntimeError: ended"), ("input", 2, "error: ended"), ("stop", 0, "stopped: ended")],
+)
+def test_a_rank_leaves_though_its_group_waits_for_others(kind, code, line):
+    """As NCCL does when the other ranks are in another collective. Line and code are those of any other end."""
+    environment = {**ENVIRONMENT, "TORCHELASTIC_RUN_ID": "job"}
+    command = [sys.executable, "-c", HANGS, kind, "ended"]
+    left = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert left.returncode == code and left.stderr.splitlines()[-1] == line
     assert ("Traceback" in left.stderr) == (kind == "memory")
 
 
