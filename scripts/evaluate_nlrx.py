@@ -13,6 +13,7 @@ from data.prepared import SPLITS
 from data.progress import show_progress
 from errors import InputError, exit_with, nearest, require_number
 from model.hybrid import HybridLM
+from scripts.trained_data import require_same_data
 from training.answers import answer_accuracy
 from training.config import load_config
 from training.durable import write_durably
@@ -45,6 +46,7 @@ def main() -> int:
     machine = Machine.resolve(config)
     with show_progress() as progress:
         data = prepare(config.data, progress=progress)
+    require_same_data(data, folder, checkpoint)
     model = HybridLM(config.model, data.vocab_size)
     load_weights(checkpoint, model)
     model.to(machine.device).eval()

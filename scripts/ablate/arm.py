@@ -25,11 +25,13 @@ from errors import exit_with
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from scripts.ablate.grid import Evaluation
+from scripts.trained_data import require_same_data
 from training.answers import answer_accuracy
 from training.config import RunConfig, load_config
 from training.durable import replace_atomically
 from training.hardware import Machine
 from training.receipt import read_receipt
+from training.run import find_checkpoint
 from training.weights import load_weights
 
 EVALUATION = "evaluation.json"
@@ -77,12 +79,15 @@ def evaluated_with(folder: Path) -> dict[str, Any]:
 def evaluate(folder: Path, config: RunConfig, settings: Evaluation) -> dict[str, Any]:
     """Of the last checkpoint. weights_sha256 identifies every weight: equal for arms that are equal bit for bit.
 
-    A predictor of STP is no part of the model (see training/weights.py), nor of weights_sha256.
+    A predictor of STP is no part of the model (see training/weights.py), nor of weights_sha256. Raises InputError: no
+    checkpoint, or texts that changed since.
     """
     machine = Machine.resolve(config)
     data = prepare(config.data)
+    checkpoint = find_checkpoint(str(folder))
+    require_same_data(data, folder, checkpoint)
     model = HybridLM(config.model, data.vocab_size)
-    load_weights(folder, model)
+    load_weights(checkpoint, model)
     model.to(machine.device).eval()
     found: dict[str, Any] = {"weights_sha256": weights_sha256(model)}
     if settings.curvature_rows:

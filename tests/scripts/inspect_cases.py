@@ -13,6 +13,7 @@ from errors import exit_with
 from model.hybrid import HybridLM
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.config import RunConfig
+from training.saving import data_identity
 
 NASTY = "</script><img src=x onerror=alert(1)> {{<b>&amp;"
 
@@ -41,9 +42,8 @@ def make_run(root, name="tiny", texts="texts", pattern="AEM", steps=(10, 20), se
     folder = root / "runs" / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "receipt.json").write_text(
-        json.dumps({"run_id": name, "status": "finished", "data": {"tokenizer_sha256": data.tokenizer.sha256}})
-    )
+    about = {"tokenizer_sha256": data.tokenizer.sha256, "manifest_sha256": data.manifest_sha256}
+    (folder / "receipt.json").write_text(json.dumps({"run_id": name, "status": "finished", "data": about}))
     records = [{"step": step, "curvature/degrees/A": 110.0 + step} for step in steps]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,8 @@ def make_run(root, name="tiny", texts="texts", pattern="AEM", steps=(10, 20), se
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        saver.save(step, {"model": model.state_dict()}, {"run": {"step": step, "tokens": 100 * step}})
+        stored = {"run": {"step": step, "tokens": 100 * step}, "data": data_identity(data)}
+        saver.save(step, {"model": model.state_dict()}, stored)
         assert saver.wait() is None
     return folder
 
