@@ -80,7 +80,7 @@ def test_a_run_that_lost_its_checkpoints_begins_from_the_same_weights_again(plac
     monkeypatch.chdir(place)
     shutil.rmtree("runs/parts/checkpoints")
     start(monkeypatch, "run_id=parts", "init_from=teacher", "train.tokens=900")
-    assert losses("parts") == losses("whole")
+    assert losses("parts") == losses("whole") and receipt("parts")["init_from"] == receipt("whole")["init_from"]
 
 
 def test_accumulation_changes_nothing_but_rounding(place, monkeypatch):

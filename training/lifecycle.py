@@ -131,6 +131,8 @@ class Run:
             machine=self.machine.describe(),
             parallel={"data": config.parallel.data, "ranks": self.world.size, "agreement_sha256": self.agreement},
         )
+        if self.saver.began_from:
+            self.receipt.update(init_from=self.saver.began_from)
         self.tracker = Tracker(
             folder.path,
             folder.run_id,

@@ -199,6 +199,7 @@ def _skeleton(run_id: str) -> dict[str, Any]:
         "config_sha256": None,
         "git": {"commit": None, "dirty_sha256": None},
         "data": {"manifest_sha256": None},
+        "init_from": None,
         "step": 0,
         "tokens": 0,
         "metrics": dict.fromkeys(METRIC_KEYS),

@@ -14,6 +14,8 @@ from typing import Any
 from errors import InputError, Stopped, nearest
 from training.checkpoint import Checkpointer
 from training.config import RunConfig, differing_keys, load_config
+from training.distributed import World
+from training.manifest import MANIFEST
 from training.ownership import LOCK, OWNER, Ownership, describe_owner, live_owner, way_out
 from training.receipt import RECEIPT, read_receipt, run_folder
 
@@ -146,16 +148,26 @@ def new_run_id(config_name: str, runs: Path = RUNS) -> str:
     return next(name for name in candidates if not (runs / name).exists())
 
 
-def find_checkpoint(name: str, runs: Path = RUNS) -> Path:
-    """The newest valid checkpoint of a run (its id or folder), or a checkpoint folder itself. Raises InputError."""
-    path = run_folder(name, runs)
-    if (path / "manifest.json").is_file():
-        return path
-    if not path.is_dir():
-        raise InputError(f"init_from: no run or checkpoint {name}{nearest(name, _run_ids(runs))}")
-    found = Checkpointer(path / "checkpoints").latest_valid()
+def find_checkpoint(name: str, runs: Path = RUNS, world: World | None = None) -> Path:
+    """The newest valid checkpoint of a run (its id or folder), or a checkpoint folder itself. Raises InputError.
+
+    world: the ranks that ask for it together share the reading of bytes for their hashes.
+    """
+    world = world or World.alone()
+
+    def folder() -> tuple[str, bool]:
+        path = run_folder(name, runs)
+        if not path.is_dir():
+            raise InputError(f"init_from: no run or checkpoint {name}{nearest(name, _run_ids(runs))}")
+        return str(path), (path / MANIFEST).is_file()
+
+    place, is_checkpoint = world.from_main(folder)
+    if is_checkpoint:
+        return Path(place)
+    message = print if world.is_main else lambda line: None
+    found = Checkpointer(Path(place, "checkpoints"), message=message, world=world).latest_valid()
     if found is None:
-        raise InputError(f"init_from: {path} has no valid checkpoint")
+        raise InputError(f"init_from: {place} has no valid checkpoint")
     return found
 
 

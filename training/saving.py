@@ -42,6 +42,7 @@ class Saver:
         self.message = message
         self.world, self.data = world, data_identity(data)
         self.checkpoints = Checkpointer(folder.path / "checkpoints", config.checkpoint, message, world)
+        self.began_from: dict[str, str] | None = None  # by `restore`: the weights of `init_from`
         self._on_disk: int | None = None  # the newest step known to be there, whole
         self._listed: list[Saved] = []
 
@@ -59,7 +60,7 @@ class Saver:
         if self.folder.resumes:
             self.message(f"{self.folder.path}: no valid checkpoint, starting from the beginning")
         if self.config.init_from is not None:
-            load_weights(self.config.init_from, self.model, self.world)
+            self.began_from = load_weights(self.config.init_from, self.model, self.world)
         return State()
 
     def due(self, step: int) -> bool:

@@ -18,6 +18,7 @@ from errors import InputError
 from training.checkpoint_folder import load_checkpoint
 from training.distributed import World
 from training.durable import replace_atomically, sha256_file
+from training.manifest import MANIFEST
 from training.run import find_checkpoint
 from training.tensor_store import flatten, require_same, stored_shapes
 
@@ -45,8 +46,10 @@ def export_weights(checkpoint: Path, target: Path, metadata: dict[str, str]) -> 
     return sorted(weights)
 
 
-def load_weights(name: str | Path, model: nn.Module, world: World | None = None) -> None:
+def load_weights(name: str | Path, model: nn.Module, world: World | None = None) -> dict[str, str]:
     """Fills a model from a run id, a run or checkpoint folder, or a file of `export_weights`.
+
+    Returns where they come from: {"path", "sha256"}, of a checkpoint folder the hash of its manifest.
 
     A predictor of STP that is stored is left out, and one that the model has stays as it is, whatever the source: a run
     that starts from weights begins its own (see above).
@@ -58,12 +61,12 @@ def load_weights(name: str | Path, model: nn.Module, world: World | None = None)
     into = {key: tensor for key, tensor in flatten(model.state_dict()).items() if not key.startswith(LOSS_ONLY)}
     is_file = world.from_main(path.is_file)
     if not is_file:
-        checkpoint = Path(world.from_main(lambda: str(find_checkpoint(str(name)))))
+        checkpoint = find_checkpoint(str(name), world=world)
         # read and thrown away: a section is compared as a whole
         empty = world.everywhere(lambda: _empty(checkpoint))
         unused = {key: tensor for key, tensor in empty.items() if key.startswith(LOSS_ONLY)}
         load_checkpoint(checkpoint, {"model": {**into, **unused}}, world)
-        return
+        return _origin(checkpoint, world)
     stored = world.everywhere(lambda: _read(path, into))
     with torch.no_grad():
         for key, tensor in into.items():
@@ -71,6 +74,12 @@ def load_weights(name: str | Path, model: nn.Module, world: World | None = None)
             if isinstance(tensor, DTensor):  # each rank takes its part
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
             tensor.copy_(whole)
+    return _origin(path, world)
+
+
+def _origin(path: Path, world: World) -> dict[str, str]:
+    file = path if path.is_file() else path / MANIFEST
+    return {"path": str(path), "sha256": world.from_main(lambda: sha256_file(file))}
 
 
 def _read(path: Path, into: dict[str, Tensor]) -> dict[str, Tensor]:

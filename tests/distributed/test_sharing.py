@@ -12,9 +12,11 @@ import torch
 from jobs import ENVIRONMENT, run
 
 from errors import InputError, StorageError
+from training import manifest
 from training.checkpoint import Checkpointer
 from training.checkpoint_folder import load_checkpoint
 from training.distributed import ParallelConfig, World
+from training.run import find_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -25,6 +27,9 @@ class Table(World):
     def __init__(self, rank, size, table, barrier):
         super().__init__(ParallelConfig(data="fsdp"), CPU, rank, size, mesh="threads")
         self.table, self.barrier = table, barrier
+
+    def side_group(self, patience):
+        return None
 
     def gather(self, value, group=None):
         self.table[self.rank] = json.dumps(value)
@@ -108,6 +113,17 @@ def test_damage_in_any_file_is_seen_by_one_rank_and_refused_by_all(tmp_path):
         assert not into["model"]["a"].any()
         refused_by |= {str(error).startswith("rank 1: ") for error in found}
     assert refused_by == {False, True}  # some in the share of rank 0, some in that of rank 1
+
+
+def test_ranks_share_the_reading_of_the_weights_they_begin_from(tmp_path, monkeypatch):
+    """init_from: while rank 0 alone hashes a large checkpoint, the others would wait for their timeout."""
+    keeper = Checkpointer(tmp_path / "a" / "checkpoints")
+    keeper.save(1, {"model": {"a": torch.arange(8.0)}}, {})
+    keeper.wait()
+    honest, read = manifest.sha256_file, []
+    monkeypatch.setattr(manifest, "sha256_file", lambda path: read.append(path.name) or honest(path))
+    found = ranks(lambda world: find_checkpoint("a", tmp_path, world))
+    assert found == [*keeper.paths()] * 2 and len(read) == len(set(read)) > 1
 
 
 def of_two(scenario, folder):

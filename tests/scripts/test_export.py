@@ -5,12 +5,13 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_run import last_weights, losses, make_place, start
+from tiny_run import last_weights, losses, make_place, receipt, start
 
 from errors import InputError
 from scripts import export as command
@@ -49,6 +50,11 @@ def test_export_and_init_from(place, monkeypatch):
     start(monkeypatch, "run_id=from-file", "init_from=out.safetensors", "train.tokens=900")
     start(monkeypatch, "run_id=from-run", "init_from=a", "train.tokens=900")
     assert losses("from-file") == losses("from-run") != losses("a")
+    from_file, from_run = receipt("from-file")["init_from"], receipt("from-run")["init_from"]
+    assert from_file["sha256"] == Path("out.safetensors.sha256").read_text().split()[0]
+    newest = receipt("a")["checkpoints"][-1]
+    assert Path(from_run["path"]).name == newest["folder"] and from_run["sha256"] == newest["manifest_sha256"]
+    assert receipt("a")["init_from"] is None
 
     data = bytearray((place / "out.safetensors").read_bytes())
     data[-9] ^= 1
