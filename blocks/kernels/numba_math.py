@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from torch import Tensor
 
-import blocks.kernels.numba_linkage  # noqa: F401  before anything is compiled
+import blocks.kernels.numba_setup  # noqa: F401  before anything is compiled
 
 intrinsic: Any = numba.extending.intrinsic  # whose stubs do not know that the typing context is not an argument
 

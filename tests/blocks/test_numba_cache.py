@@ -1,11 +1,14 @@
 """A process that compiles the kernels computes what a process does that loads them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from blocks.kernels import numba_setup
 
 ROOT = Path(__file__).parents[2]
 STEP = """
@@ -45,3 +48,39 @@ def test_compiled_and_loaded_kernels_give_the_same_bits(tmp_path):
     compiled = gradients("AMER")
     assert len(compiled) > 20
     assert gradients("AMER") == compiled
+
+
+HELPER = """
+from numba import njit
+from own.kernels import numba_setup
+
+@njit
+def more(x):
+    return x + AMOUNT
+"""
+KERNEL = """
+from numba import njit
+from own.kernels.helper import more
+
+@njit(cache=True)
+def kernel(x):
+    return more(x)
+
+print(kernel(1.0), sum(kernel.stats.cache_hits.values()))
+"""
+
+
+def test_an_edited_helper_in_another_file_is_compiled_anew(tmp_path):
+    """Numba itself looks at the file of the function that it caches and at no other."""
+    place = tmp_path / "own" / "kernels"
+    place.mkdir(parents=True)
+    shutil.copy(numba_setup.__file__, place)
+    (place / "kernel.py").write_text(KERNEL)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    said = []
+    for amount in ("1", "1", "100", "100"):
+        (place / "helper.py").write_text(HELPER.replace("AMOUNT", amount))
+        line = [sys.executable, "-m", "own.kernels.kernel"]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+        said.append(done.stdout.split() or done.stderr[-2000:])
+    assert said == [["2.0", "0"], ["2.0", "1"], ["101.0", "0"], ["101.0", "1"]]
