@@ -18,6 +18,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+import blocks.kernels.numba_setup  # noqa: F401  before anything is compiled
+
 LANES = 16  # columns are processed in vectors of 16 float32; LLVM splits them where registers are narrower
 TILE_ROWS = 4
 _FEATURES = llvmlite.binding.get_host_cpu_features()
