@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.config import ANSWER_SOURCES
+from data.split import TEST
 from errors import require
 from scripts.ablate.space import is_trial
 from training.config import RunConfig, config_sha256, differing_keys
@@ -25,6 +27,28 @@ def check_axes(arms: Mapping[str, Mapping[str, Any]], axes: Iterable[str], path:
     for key in axes:
         for arm, changes in arms.items():
             require(key not in changes, f"{path}: arm {arm}", f"{key} is an axis; an arm cannot set it")
+
+
+def check_answers(grid: Grid) -> None:
+    """Every run has prompts of the split whose answers are asked for: it would be trained to its end to fail then."""
+    split = grid.evaluate.answers
+    where = f"{grid.path}: evaluate.answers"
+    for cell in grid.cells if split != "none" else ():
+        data = cell.config.data
+        sources = [spec.source for spec in data.corpora()]
+        asked = [source for source in sources if source in ANSWER_SOURCES]
+        require(
+            bool(asked),
+            where,
+            f"{split}, but the data of run {cell.run_id}, {', '.join(sources)}, hold no prompts and answers; expected "
+            f"none, or data.source={' or '.join(ANSWER_SOURCES)}",
+        )
+        kept = data.test_fraction > 0 or (data.test_path is not None and "jsonl" in asked)
+        require(
+            split != TEST or kept,
+            where,
+            f"test, but run {cell.run_id} keeps none; expected data.test_fraction above 0, or rows in data.test_path",
+        )
 
 
 def check_run_ids(grid: Grid) -> None:

@@ -41,9 +41,21 @@ ROWS = {"data.source": "jsonl", "data.path": "rows.jsonl"}
 @pytest.mark.parametrize(
     ("split", "overrides", "message"),
     [
-        ("test", {}, "evaluate.answers: test, but the data of run none-s0, files, hold no prompts and answers; expected"),
-        ("validation", {"data.mixture": {"files": 1, "installed_cpp": 1}}, "validation, but .* files, installed_cpp, hold"),
-        ("test", {"data.path": None, "data.source": "nlrx", "data.test_fraction": 0}, "test, but run none-s0 keeps none"),
+        (
+            "test",
+            {},
+            "evaluate.answers: test, but the data of run none-s0, files, hold no prompts and answers; expected",
+        ),
+        (
+            "validation",
+            {"data.mixture": {"files": 1, "installed_cpp": 1}},
+            "validation, but .* files, installed_cpp, hold",
+        ),
+        (
+            "test",
+            {"data.path": None, "data.source": "nlrx", "data.test_fraction": 0},
+            "test, but run none-s0 keeps none",
+        ),
         ("test", ROWS | {"data.test_fraction": 0}, "test, but run none-s0 keeps none"),
     ],
 )

@@ -218,7 +218,8 @@ def test_the_cost_of_a_grid_is_that_of_its_runs_in_any_order(place):
 
 
 def test_the_command_and_environment_of_a_run(place):
-    grid = load_grid(write(place, evaluate={"answers": "test", "limit": 7}))
+    overrides = {"data.source": "nlrx", "data.path": None}
+    grid = load_grid(write(place, evaluate={"answers": "test", "limit": 7}, overrides=overrides))
     words = arm_command(grid, grid.cells[0])
     assert words[1:4] == ["-m", "scripts.ablate.arm", str(run_folder(grid, grid.cells[0]))]
     assert {"--answers=test", "--limit=7", "--checkpoints=keep"} <= set(words)
