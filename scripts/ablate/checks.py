@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import ANSWER_SOURCES
 from data.split import TEST
-from errors import require
-from scripts.ablate.space import is_trial
+from errors import require, require_choice
+from model.pattern import parse_pattern
+from scripts.ablate.space import ANSWERS, CURVATURE, RECEIPT_METRICS, is_trial
 from training.config import RunConfig, config_sha256, differing_keys
 
 if TYPE_CHECKING:
@@ -49,6 +50,23 @@ def check_answers(grid: Grid) -> None:
             where,
             f"test, but run {cell.run_id} keeps none; expected data.test_fraction above 0, or rows in data.test_path",
         )
+
+
+def check_metrics(grid: Grid) -> None:
+    """Every metric will have a column: the comparison, which needs it, comes after the last run."""
+    for name in grid.metrics:
+        require_choice(f"{grid.path}: metrics", name, comparable(grid))
+
+
+def comparable(grid: Grid) -> list[str]:
+    """Measured columns of its results.csv."""
+    found = [*RECEIPT_METRICS, *(ANSWERS if grid.evaluate.answers != "none" else ())]
+    if grid.evaluate.curvature_rows:
+        stacks = dict.fromkeys((cell.config.model.pattern, cell.config.model.depth) for cell in grid.cells)
+        letters = dict.fromkeys(letter for stack in stacks for letter in parse_pattern(*stack).letters)
+        families = ("embedding", *letters, "final")
+        found += [f"curvature/{name}/{family}" for name in CURVATURE for family in families]
+    return found
 
 
 def check_run_ids(grid: Grid) -> None:

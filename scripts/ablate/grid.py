@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError, nearest, require, require_choice
-from scripts.ablate.checks import check_answers, check_axes, check_different, check_pairs, check_run_ids
+from scripts.ablate.checks import check_answers, check_axes, check_different, check_metrics, check_pairs, check_run_ids
 from scripts.ablate.expression import Expression
 from scripts.ablate.space import Search, Trial, read_search, require_whole
 from training.config import RunConfig, load_config
@@ -174,6 +174,7 @@ def load_grid(
     check_pairs(grid)
     check_different(grid)
     check_answers(grid)
+    check_metrics(grid)
     return grid
 
 

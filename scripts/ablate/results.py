@@ -17,14 +17,13 @@ from omegaconf import OmegaConf
 from errors import InputError, require
 from scripts.ablate.arm import evaluated_with, read_evaluation
 from scripts.ablate.grid import Cell, Grid
-from scripts.ablate.space import ANSWERS
+from scripts.ablate.space import ANSWERS, RECEIPT_METRICS
 from training.checkpoint import Checkpointer
 from training.config import differing_keys, load_config
 from training.durable import replace_atomically
 from training.metrics import read_metrics
 from training.receipt import read_receipt
 
-RECEIPT_METRICS = ("val_bits_per_byte", "val_loss", "unigram_bits_per_byte")
 CURVES = ("loss/lm", "val_loss", "val_bits_per_byte", "stp/raw", "stp/weight")
 # What has a column of these files without being an axis.
 COLUMNS = {

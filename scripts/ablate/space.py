@@ -19,6 +19,9 @@ RANGE_KEYS = ("low", "high", "log")
 # Columns that hold validation whatever is answered, and those that are measured on the answers of a split.
 HELD_OUT = ("val_bits_per_byte", "val_loss")
 ANSWERS = ("exact", "dfa", "dfa_letter", "invalid", "unfinished")
+# All that the receipt of a run measures, and what `cheap_metrics` measures of every family.
+RECEIPT_METRICS = (*HELD_OUT, "unigram_bits_per_byte")
+CURVATURE = ("degrees", "stp_consecutive", "state_norm", "step_norm", "effective_rank")
 PREFIX = "trial_"
 
 
