@@ -32,8 +32,9 @@ class CorpusSpec:
 class TokenizerConfig:
     # Entries of the BPE vocabulary: 3 special ones (unknown, begin, end), 256 bytes, the rest learned.
     vocab_size: int = 4096
-    # A sentencepiece model to use instead of training one (another run's, or the one that made a megatron corpus);
-    # its vocabulary counts then, not vocab_size.
+    # A sentencepiece model with an end token (eos), to use instead of training one: another run's, or the one that
+    # made a megatron corpus, which cannot do without. Its vocabulary counts then; vocab_size is what the plan and
+    # --dry-run reckon with.
     path: str | None = None
     # UTF-8 bytes of training text, drawn over the whole training split, that the vocabulary is learned from.
     sample_bytes: int = 10_000_000
@@ -107,6 +108,11 @@ class DataConfig:
             self.train_fraction == 1 or "megatron" not in sources,
             f"{path}.train_fraction",
             f"a megatron corpus is used whole; expected 1, got {self.train_fraction}",
+        )
+        require(
+            self.tokenizer.path is not None or "megatron" not in sources,
+            f"{path}.tokenizer.path",
+            "is missing; a megatron corpus needs the sentencepiece model that made it, e.g. corpus/tokenizer.model",
         )
 
     def paths(self, path: str = "data") -> tuple[str, ...]:

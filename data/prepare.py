@@ -61,8 +61,8 @@ def prepare(
     shard_tokens: int = _SHARD_TOKENS,
     part_bytes: int = parts.PART_BYTES,
 ) -> Prepared:
-    """The corpus that a config names, from the cache or made now. workers: processes that tokenise; None = one per
-    core. Killed and called again, it goes on behind the parts that are done.
+    """The corpus that a validated config names, from the cache or made now. workers: processes that tokenise; None =
+    one per core. Killed and called again, it goes on behind the parts that are done.
 
     Raises InputError: nothing to read, binary file, vocabulary too large for the text, damaged tokenizer or shard.
     """
@@ -191,8 +191,6 @@ def _tokenizer(
 ) -> Tokenizer:
     if config.tokenizer.path is not None:
         return Tokenizer.load(config.tokenizer.path, recorded_sha256(config.tokenizer.path))
-    if len(surveys) < len(specs):
-        raise InputError("data.tokenizer.path: is missing; a megatron corpus needs the tokenizer that made it")
     progress("learning the vocabulary", 0, 0)
     texts: list[str] = []
     for spec in specs:

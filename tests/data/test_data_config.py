@@ -70,6 +70,8 @@ def test_mixture_weights_are_normalised_and_zeros_left_out() -> None:
         ({"tokenizer": TokenizerConfig(vocab_size=-5)}, r"^data.tokenizer.vocab_size: "),
         ({"tokenizer": TokenizerConfig(sample_bytes=0)}, r"^data.tokenizer.sample_bytes: "),
         ({"tokenizer": TokenizerConfig(path="")}, r"^data.tokenizer.path: is empty"),
+        ({"source": "megatron", "path": "x"}, r"^data.tokenizer.path: is missing; a megatron corpus needs the senten"),
+        ({"mixture": {"installed_cpp": 1, "megatron:x": 1}}, r"^data.tokenizer.path: is missing; a megatron corpus"),
     ],
 )
 def test_bad_values_are_one_line_with_their_key(values: dict[str, Any], line: str) -> None:
