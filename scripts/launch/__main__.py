@@ -70,8 +70,9 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def resume(arguments: argparse.Namespace) -> int:
-    folder = RUNS / _folder(arguments.run).name
-    if not folder.is_dir():
+    found = _folder(arguments.run)
+    folder = RUNS / found.name
+    if folder.resolve() != found.resolve():  # a run elsewhere; here may be another one of that name
         raise InputError(f"{arguments.run}: a run is continued from the folder above its {RUNS}/")
     status = describe(folder)
     if arguments.take_over and not local_processes(folder, Job.read(folder)):

@@ -46,3 +46,14 @@ def test_a_path_is_a_path_and_a_name_of_nothing_has_a_nearest(place, monkeypatch
     write_run(place / "runs" / "night")
     with pytest.raises(InputError, match=r"nigth: .*did you mean 'night'"):
         plot(monkeypatch, "nigth")
+
+
+def test_a_run_elsewhere_is_not_continued_as_its_namesake_here(place):
+    """A copy of a run in another folder: the one of that name under runs/ is another run, with an owner of its own."""
+    write_run(place / "bak" / "docs", status="stopped")
+    owner = place / "runs" / "docs" / "owner.json"
+    owner.write_text("{}")
+    for options in ([], ["--take-over"]):
+        said = launch("resume", "bak/docs", *options, code=2)
+        assert said.startswith("bak/docs: a run is continued from the folder above its runs/") and owner.is_file()
+    assert "runs/docs: is finished" in launch("resume", str(place / "runs" / "docs"), code=2)
