@@ -3,7 +3,7 @@
     --dry-run       the plan, what differs between arms and what it costs; starts nothing
     --jobs N        runs side by side (default: one per GPU, without any one per core), cores divided among them
     --filter EXPR   only some runs, e.g. 'arm in ["none", "triple"] and seed < 2'; may be given several times
-    --launcher slurm  submits one job per run instead
+    --launcher slurm  submits one job per run instead, each with as many threads as it gets CPUs
     --report [FOLDER] only compares and writes the page, from the CSV files of FOLDER (default: the grid's)
 
 What is done already is not done again. Results: ablations/<grid>/results.csv, report.html. A grid with a `search`
@@ -49,36 +49,40 @@ def main() -> int:
         require_number("--jobs", arguments.jobs, 1)
     if arguments.sbatch and arguments.launcher != "slurm":
         raise InputError("--sbatch: needs --launcher slurm")
+    local = arguments.launcher == "local"
+    if arguments.jobs is not None and not local:
+        raise InputError("--jobs: Slurm runs as many at a time as it has room for; leave it out")
     grid = load_grid(arguments.grid)
-    gpus = visible_gpus(grid) if arguments.launcher == "local" else ()
+    gpus = visible_gpus(grid) if local else ()
     jobs = arguments.jobs or len(gpus) or cores()
+    share = max(1, cores() // jobs) if local else None  # of the cores; those of another machine are not known here
     folder = Path(arguments.report or grid.folder)
     if grid.search is not None:
-        for option, given in (("--filter", arguments.filter), ("--launcher slurm", arguments.launcher == "slurm")):
+        for option, given in (("--filter", arguments.filter), ("--launcher slurm", not local)):
             if given:
                 raise InputError(f"{option}: a search suggests its runs one after the other, here; leave it out")
         trials = stored_trials(grid) if folder == grid.folder else read_trials(folder)
         grid = load_grid(arguments.grid, trials=trials)
     if arguments.report is not None:
         if not arguments.report and (grid.folder / "runs").is_dir():
-            grid = with_threads(grid, arguments.grid, jobs)
+            grid = with_threads(grid, arguments.grid, share)
             check_folder(grid)
             write_results(grid)
         return 0 if report(grid, folder, console) else 1
-    grid = with_threads(grid, arguments.grid, jobs)
+    grid = with_threads(grid, arguments.grid, share)
     check_folder(grid)
     chosen = grid.select(arguments.filter)
-    where = placement(gpus, jobs) if arguments.launcher == "local" else "where Slurm puts it"
-    print_plan(chosen, jobs if arguments.launcher == "local" else None, where, console)
+    threads = chosen.cells[0].config.threads or share  # of the environment, where runs that Slurm began leave them open
+    where = placement(gpus, jobs) if local else "where Slurm puts it"
+    print_plan(chosen, jobs if local else None, threads, where, console)
     if grid.search is not None:
         console.print(f"search: {grid.search}. {summary(grid.search, stored_trials(grid))}", markup=False)
     if arguments.dry_run:
         return 0
     store_plan(grid)
-    if arguments.launcher == "slurm":
+    if not local:
         submit_all(chosen, arguments.sbatch, console)
         return 0
-    threads = chosen.cells[0].config.threads
     with only_one(grid):
         if grid.search is None:
             outcome = run_local(grid, jobs, threads, console, chosen.cells)
@@ -96,11 +100,12 @@ def main() -> int:
     return 1 if outcome.failed or not sound else 0
 
 
-def with_threads(grid: Grid, path: str, jobs: int) -> Grid:
-    """The grid with the threads of each run: the config's own, or those of the runs that are there, or a share."""
+def with_threads(grid: Grid, path: str, share: int | None) -> Grid:
+    """The grid with the threads of each run: the config's own, or those of the runs that are there, or a share. None:
+    left open, for what the run finds where it runs."""
     if any(cell.config.threads is not None for cell in grid.cells):
         return grid
-    threads = stored_threads(grid) or max(1, cores() // jobs)
+    threads = stored_threads(grid, share)
     return load_grid(path, threads, stored_trials(grid) if grid.search is not None else ())
 
 

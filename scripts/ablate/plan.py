@@ -17,20 +17,20 @@ from training.receipt import read_receipt
 from training.summary import meta_model
 
 
-def print_plan(grid: Grid, jobs: int | None, where: str, console: Console) -> None:
-    """jobs: side by side; None: not ours to say. where: what they run on."""
+def print_plan(grid: Grid, jobs: int | None, threads: int | None, where: str, console: Console) -> None:
+    """jobs: side by side; threads: of each. None: not ours to say. where: what they run on."""
     if grid.question:
         console.print(grid.question, markup=False)
     console.print(table("what differs between arms", differences(grid)))
     done = sum(is_done(grid, cell) for cell in grid.cells)
     points = len({str(cell.point) for cell in grid.cells})
     seeds = sorted({cell.seed for cell in grid.cells})
-    threads = grid.cells[0].config.threads
+    each = f"{threads} thread{'s' if threads != 1 else ''} each" if threads else "as many threads as CPUs"
     axes = f" x {points} points of {', '.join(grid.axes)}" if grid.axes else ""
     at_a_time = f"{jobs} at a time" if jobs else "one job per run"
     console.print(
         f"{len(grid.cells)} runs: {len({c.arm for c in grid.cells})} arms{axes} x seeds {seeds}; {done} done already; "
-        f"{at_a_time} with {threads} thread{'s' if threads != 1 else ''} each, {where}; baseline {grid.baseline}",
+        f"{at_a_time} with {each}, {where}; baseline {grid.baseline}",
         markup=False,
     )
     tokens, flops, seconds = cost(grid)

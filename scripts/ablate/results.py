@@ -82,13 +82,14 @@ def _check_evaluation(grid: Grid, cell: Cell) -> None:
     )
 
 
-def stored_threads(grid: Grid) -> int | None:
-    """What the runs that are there were started with: later ones keep it, as sums may depend on it."""
+def stored_threads(grid: Grid, share: int | None) -> int | None:
+    """What the runs that are there were started with, None where Slurm began them: later ones keep it, as sums may
+    depend on it. share: where there is none yet."""
     found = {load_config(path).threads for path in (grid.folder / "runs").glob("*/config.yaml")}
     require(
         len(found) < 2, f"{grid.folder}", f"holds runs with different numbers of threads: {sorted(map(str, found))}"
     )
-    return found.pop() if found else None
+    return found.pop() if found else share
 
 
 def axis_columns(grid: Grid) -> dict[str, str]:

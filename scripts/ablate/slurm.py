@@ -32,11 +32,14 @@ def is_queued(grid: Grid, cell: Cell) -> bool:
 
 
 def submit(grid: Grid, cell: Cell, sbatch: list[str]) -> Job:
+    """A run has the CPUs that a person asks for, else those of its `threads`, else as many as the launcher gives one."""
     folder = prepare_folder(grid, cell)
-    threads = cell.config.threads or 1
-    options = [f"--cpus-per-task={threads}", *sbatch]
+    threads = cell.config.threads
+    if threads is None and any(option.startswith(("--gpus", "--gres=gpu")) for option in sbatch):
+        threads = slurm.GPU_CPUS
+    own = any(option.startswith("--cpus-per-") for option in sbatch)
     command = ["env", f"PYTHONPATH={ROOT}", f"WANDB_RUN_GROUP={grid.name}", *arm_command(grid, cell)]
-    job = Job("slurm", sbatch=options, command=command, cwd=str(Path.cwd()))
+    job = Job("slurm", sbatch=sbatch, cpus_per_task=None if own else threads, command=command, cwd=str(Path.cwd()))
     script = folder / "job.sh"
     script.write_text(slurm.render(folder, job))
     answer = slurm.slurm_command("sbatch", "--parsable", str(script))

@@ -190,10 +190,10 @@ def test_results_of_another_grid_in_the_folder(place, monkeypatch):
 def test_threads_of_the_runs_that_are_there_are_kept(place):
     path = write(place, overrides={})
     (place / "tiny.yaml").write_text((place / "tiny.yaml").read_text().replace("threads: 1", ""))
-    first = command.with_threads(load_grid(path), str(path), jobs=1_000)
+    first = command.with_threads(load_grid(path), str(path), share=1)
     assert {cell.config.threads for cell in first.cells} == {1}
     prepare_folder(first, first.cells[0])
-    again = command.with_threads(load_grid(path), str(path), jobs=1)
+    again = command.with_threads(load_grid(path), str(path), share=8)
     assert {cell.config.threads for cell in again.cells} == {1}
 
 

@@ -1,6 +1,7 @@
 """How many runs of a grid stand side by side, and on what: cores that this process may use, and GPUs, one for each."""
 
 import os
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import torch
 import yaml
 from ablate_runs import GRID, ablate, make_grid, use_stand_ins
+
+from errors import InputError
+from scripts.ablate import slurm
+from training.config import load_config
 
 # As a run sees it, and from when to when.
 NOTED = """
@@ -71,15 +76,59 @@ def test_runs_on_the_processor_have_the_cores_of_this_process(grid, monkeypatch,
     code, shown = ablate(monkeypatch, capsys, jobs=None)
     assert code == 0 and "3 at a time with 1 thread each, on the processor;" in shown
     assert {gpu for gpu, _, _ in noted()} == {"None"}
-    config = Path("tiny.yaml").read_text().replace("threads: 1", "")
-    Path("tiny.yaml").write_text(config)
+    leave_threads_open()
     Path("ablations").rename("first")
     assert "2 at a time with 1 thread each" in ablate(monkeypatch, capsys, "--dry-run", jobs=2)[1]
     machine_with(monkeypatch, gpus=2, cores=5)
     assert "2 at a time with 2 threads each" in ablate(monkeypatch, capsys, "--dry-run", jobs=2)[1]
 
 
+def leave_threads_open():
+    Path("tiny.yaml").write_text(Path("tiny.yaml").read_text().replace("threads: 1", ""))
+
+
 def test_what_slurm_places_is_not_of_this_machine(grid, monkeypatch, capsys):
-    machine_with(monkeypatch, gpus=2)
+    """Neither its GPUs nor its cores: how many threads a run has is decided where it runs."""
+    machine_with(monkeypatch, gpus=2, cores=8)
     shown = ablate(monkeypatch, capsys, "--launcher=slurm", "--dry-run", jobs=None)[1]
-    assert "one job per run with 1 thread each, where Slurm puts it;" in shown
+    assert "one job per run with 1 thread each, where Slurm puts it;" in shown  # as its config says
+    leave_threads_open()
+    shown = ablate(monkeypatch, capsys, "--launcher=slurm", "--sbatch=--cpus-per-task=8", "--dry-run", jobs=None)[1]
+    assert "one job per run with as many threads as CPUs, where Slurm puts it;" in shown
+    with pytest.raises(InputError, match="--jobs: Slurm runs as many at a time as it has room for"):
+        ablate(monkeypatch, capsys, "--launcher=slurm", "--dry-run", jobs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus"),
+    [
+        ([], ["1"]),
+        (["--gpus-per-node=1"], ["4"]),
+        (["--gres=gpu:a100:1"], ["4"]),
+        (["--gpus=1", "--cpus-per-task=8"], ["8"]),
+        (["--gpus=1", "--cpus-per-gpu=8"], []),
+    ],
+)
+def test_a_job_asks_for_the_cpus_that_a_run_needs(grid, monkeypatch, capsys, options, cpus):
+    monkeypatch.setattr(slurm.slurm, "slurm_command", lambda *_: "1")
+    leave_threads_open()
+    assert ablate(monkeypatch, capsys, "--launcher=slurm", *(f"--sbatch={o}" for o in options), jobs=None)[0] == 0
+    folder = Path("ablations/g/runs/none-s0")
+    script = (folder / "job.sh").read_text()
+    assert re.findall(r"^#SBATCH --cpus-per-task=(\d+)$", script, flags=re.M) == cpus
+    assert load_config(folder / "config.yaml").threads is None  # what it is given there is not known here
+
+
+def test_a_grid_that_slurm_began_goes_on_here(grid, monkeypatch, capsys):
+    """Its runs keep their config, and here their threads are a share of the cores all the same."""
+    monkeypatch.setattr(slurm.slurm, "slurm_command", lambda *_: "1")
+    leave_threads_open()
+    ablate(monkeypatch, capsys, "--launcher=slurm", jobs=None)
+    note = '(folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])'
+    use_stand_ins(monkeypatch, after=note)
+    machine_with(monkeypatch, gpus=0, cores=8)
+    code, shown = ablate(monkeypatch, capsys, jobs=2)
+    assert code == 0 and "2 at a time with 4 threads each" in shown
+    assert {path.read_text() for path in Path("ablations/g/runs").glob("*/threads")} == {"4"}
+    assert {load_config(path).threads for path in Path("ablations/g/runs").glob("*/config.yaml")} == {None}
+    assert ablate(monkeypatch, capsys, "--report", jobs=None)[0] == 0
