@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -19,9 +18,8 @@ from scripts.inspect_curvature.subject import Subject
 from training.checkpoint import Checkpointer
 from training.checkpoint_folder import NAME, load_state, step_of
 from training.config import RunConfig, load_config
-from training.manifest import MANIFEST
 from training.receipt import read_receipt, run_folder
-from training.run import RUNS, find_checkpoint
+from training.run import RUNS
 from training.weights import load_weights
 
 
@@ -104,18 +102,17 @@ def untrained_twin(source: RunSource, vocab_size: int, device: torch.device) -> 
 def before_training(source: RunSource, vocab_size: int, device: torch.device) -> Subject:
     """The model before its first step: the untrained twin, or the weights of `init_from`.
 
-    Raises InputError: they cannot be read, or were saved after the run had begun, so that it began from others.
+    Raises InputError: they are gone, are not those that the receipt says the run began from, or it does not say.
     """
     name = source.config.init_from
     if name is None:
         return untrained_twin(source, vocab_size, device)
-    path = Path(name) if Path(name).is_file() else find_checkpoint(name)
-    started = source.receipt.get("started")
-    saved = (path if path.is_file() else path / MANIFEST).stat().st_mtime
-    if started is not None and saved > datetime.fromisoformat(started).timestamp() + 1:  # the receipt has no fractions
-        raise InputError(f"init_from: {path} is younger than the run: it began from other weights of {name}")
+    began = source.receipt.get("init_from")
+    if not began:  # a run of an earlier version
+        raise InputError(f"init_from: the receipt does not say which weights of {name} the run began from")
     model = HybridLM(source.config.model, vocab_size)
-    load_weights(path, model)
+    if load_weights(began["path"], model)["sha256"] != began["sha256"]:
+        raise InputError(f"init_from: {began['path']} holds other weights than the run began from")
     return _subject(source, model, f"{source.folder.name}, step 0 (from {name})", device, 0, 0)
 
 

@@ -1,6 +1,7 @@
 """python -m scripts.inspect_curvature on a tiny run: its files, its numbers, and what it refuses."""
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from scripts.inspect_curvature import native
 from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
 from scripts.inspect_curvature.pieces import from_prepared
 from training.config import load_config
+from training.weights import export_weights
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--documents", 24, "--tokens", 64)
@@ -159,15 +161,16 @@ def test_a_damaged_or_pruned_checkpoint_costs_its_point_of_the_timeline_alone(ro
 
 
 def test_a_run_that_began_from_weights_starts_its_timeline_there(root, monkeypatch):
-    """Weights that are gone, or were saved after the run had started, are no step 0; the control stays fresh."""
+    """The receipt says which they were: whatever else is under their name now is no step 0. The control stays fresh."""
     folder = make_run(root, "more", steps=(10, 20))
     config = load_config(folder / "config.yaml")
     config.init_from = "tiny"
     (folder / "config.yaml").write_text(config.to_yaml())
     receipt = json.loads((folder / "receipt.json").read_text())
 
-    def timeline(started):
-        (folder / "receipt.json").write_text(json.dumps(receipt | {"started": started}))
+    def timeline(path, began):
+        entry = {"init_from": {"path": str(path), "sha256": hashlib.sha256(began.read_bytes()).hexdigest()}}
+        (folder / "receipt.json").write_text(json.dumps(receipt | (entry if path else {})))
         assert not inspect(monkeypatch, root, "more", *SIZE)
         content = json.loads((folder / "curvature.json").read_text())
         assert content["sources"]["untrained"] == twin
@@ -176,18 +179,22 @@ def test_a_run_that_began_from_weights_starts_its_timeline_there(root, monkeypat
     assert not inspect(monkeypatch, root, "tiny", *SIZE, "--out", root / "alone")
     alone = json.loads((root / "alone" / "curvature.json").read_text())
     twin = alone["sources"]["untrained"]  # the two runs have one seed
-    names, content = timeline("2999-01-01T00:00:00+00:00")
+    older, newest = (root / "runs" / "tiny" / "checkpoints" / f"step-{step:08d}" for step in (10, 20))
+    names, content = timeline(newest, newest / "manifest.json")  # younger than the run, and its own all the same
     assert names == ["more, step 0 (from tiny)", "more, step 10", "more, step 20"] and content["notes"] == []
     assert content["timeline"][0]["raw"]["curvature"] == alone["timeline"][-1]["raw"]["curvature"]
     assert "The change since more, step 0 (from tiny)," in (folder / "report.html").read_text()
-    names, content = timeline("2001-01-01T00:00:00+00:00")
-    assert names == ["more, step 10", "more, step 20"] and "younger" in content["notes"][0]
-    shutil.move(root / "runs" / "tiny", root / "away")
-    try:
-        names, content = timeline("2999-01-01T00:00:00+00:00")
-    finally:
-        shutil.move(root / "away", root / "runs" / "tiny")
-    assert names == ["more, step 10", "more, step 20"] and "no run or checkpoint tiny" in content["notes"][0]
+    left_out = [
+        (newest, older / "manifest.json", f"init_from: {newest} holds other weights than the run began from"),
+        (root / "gone", older / "manifest.json", f"no run or checkpoint {root / 'gone'}"),
+        ("", older / "manifest.json", "init_from: the receipt does not say which weights of tiny the run began from"),
+    ]
+    for path, began, note in left_out:
+        names, content = timeline(path, began)
+        assert names == ["more, step 10", "more, step 20"] and note in content["notes"][0]
+    export_weights(newest, root / "out.safetensors", {})
+    names, content = timeline(root / "out.safetensors", root / "out.safetensors")
+    assert names[0] == "more, step 0 (from tiny)" and content["notes"] == []
 
 
 def test_a_comparison_of_another_tokenizer_is_refused_before_any_pass(root, monkeypatch, capsys):
