@@ -32,7 +32,7 @@ def is_queued(grid: Grid, cell: Cell) -> bool:
 
 
 def submit(grid: Grid, cell: Cell, sbatch: list[str]) -> Job:
-    """A run has the CPUs that a person asks for, else those of its `threads`, else as many as the launcher gives one."""
+    """A run has the CPUs that a person asks for, else those of its `threads`, else those that `launch` gives one."""
     folder = prepare_folder(grid, cell)
     threads = cell.config.threads
     if threads is None and any(option.startswith(("--gpus", "--gres=gpu")) for option in sbatch):
