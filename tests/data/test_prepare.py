@@ -16,8 +16,7 @@ from data.prepare import prepare, prepared_folder
 from data.prepared import Prepared, open_prepared, verify
 from data.progress import show_progress
 from data.stream import TrainStream, validation_batches
-from errors import InputError, exit_with
-from scripts.prepare_data import main
+from errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,40 +226,6 @@ def test_mixture_shares_one_tokenizer(prepared_mixture: Prepared) -> None:
     assert [corpus.weight for corpus in prepared_mixture.corpora] == [0.7, 0.3]
     assert prepared_mixture.folder.name.startswith("mixture-")
     assert verify(prepared_mixture.folder) == []
-
-
-def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The command as a person calls it, without a new process: exit code, stdout, stderr."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["prepare_data", *arguments])
-        exit_with(main)
-    assert isinstance(stop.value.code, int)
-    return stop.value.code, *capsys.readouterr()
-
-
-def test_the_command(texts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--path", f"{texts_folder}/*.txt", "--vocab-size", "330", "--artifacts", str(tmp_path / "artifacts")]
-    code, out, err = command(capsys, *arguments, "--verify")
-    assert code == 0 and "verified" in out and "bytes/token" in out and "tokenising" in err
-    code, out, err = command(capsys, *arguments)
-    assert code == 0 and err == ""
-    (folder,) = (path for path in (tmp_path / "artifacts").iterdir() if path.is_dir())
-    (shard,) = folder.rglob("train*.bin")
-    raw = bytearray(shard.read_bytes())
-    raw[9] ^= 1
-    shard.write_bytes(raw)
-    assert command(capsys, *arguments)[0] == 0  # the size is right
-    code, _, err = command(capsys, *arguments, "--verify")
-    assert code == 2 and "train-00000.bin: the shard is damaged: sha256" in err
-    for bad in (["--source", "instaled_python"], ["--path", str(tmp_path / "absent.txt")], ["--mixture", "x"]):
-        code, _, err = command(capsys, *bad)
-        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_bad_input_ends_the_process_with_2_and_one_line(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "scripts.prepare_data", "--path", str(tmp_path / "absent.txt")]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
 
 
 def test_progress_lines_and_bars(text_config: DataConfig, tmp_path: Path) -> None:
