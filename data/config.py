@@ -130,6 +130,12 @@ class DataConfig:
             source = "files" if paths and self.source == DEFAULT_SOURCE else self.source
             return [self._spec(source, paths, 1.0, f"{path}.source", path)]
         for key, weight in self.mixture.items():
+            require(  # a dotted override of a name with a dot makes a mapping
+                isinstance(weight, (int, float)),
+                f"{path}.mixture.{key}",
+                f"expected a share (a number), got {weight}; a name with a dot is given in braces: "
+                f"{path}.mixture='{{files:my_texts/*.txt: 0.3}}'",
+            )
             require_number(f"{path}.mixture.{key}", weight, 0.0)
         total = sum(self.mixture.values())
         require(total > 0, f"{path}.mixture", "the weights sum to 0; expected at least one above 0")

@@ -61,6 +61,11 @@ def test_mixture_weights_are_normalised_and_zeros_left_out() -> None:
         ({"mixture": {"installed_python": 0, "installed_cpp": 0.0}}, r"^data.mixture: the weights sum to 0"),
         ({"mixture": {"files": 1.0}}, r"^data.path: is missing"),
         ({"mixture": {"installed_python": 1.0}, "path": "x"}, r"^data.path: no corpus of data.mixture takes it"),
+        (
+            {"mixture": {"files:a/*": {"txt": 0.3}}},
+            r"^data.mixture.files:a/\*: expected a share \(a number\), got {'txt'",
+        ),
+        ({"mixture": {"installed_python": None}}, r"^data.mixture.installed_python: expected a share"),
         ({"sequence_length": 1}, r"^data.sequence_length: .*at least 2, got 1"),
         ({"validation_fraction": 0.0}, r"^data.validation_fraction: .*above 0"),
         ({"validation_fraction": 0.6}, r"^data.validation_fraction: .*at most 0.5"),
