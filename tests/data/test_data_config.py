@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from omegaconf import OmegaConf
 
 from data.config import DataConfig, TokenizerConfig
 from errors import InputError
+from training.config import RunConfig, merge
 
 
 def config(**values: Any) -> DataConfig:
@@ -83,6 +87,17 @@ def test_bad_values_are_one_line_with_their_key(values: dict[str, Any], line: st
     with pytest.raises(InputError, match=line) as error:
         config(**values).validate("data")
     assert "\n" not in str(error.value)
+
+
+def test_the_mixture_of_the_readme_is_one() -> None:
+    """As it is written there, in YAML and as an override."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (part for part in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "mixture:" in part)
+    (override,) = re.findall(r"`(data\.mixture='\{.*?\}')`", readme.replace("\n", " "))
+    from_yaml = merge(OmegaConf.create(block), []).data
+    assert [spec.label for spec in from_yaml.corpora()] == ["installed_python", "files:my_texts/*.txt"]
+    assert merge(RunConfig(), shlex.split(override)).data == from_yaml
+    from_yaml.validate()
 
 
 def test_it_is_an_omegaconf_structure() -> None:
