@@ -42,7 +42,7 @@ class TrainConfig:
     probe_every: int = 100
     # Steps between two measurements of curvature, rank and norms per block family, on the first rows of a step.
     curvature_every: int = 50
-    # A step whose loss or gradient is not finite is skipped and counted; more than this in a row stops the run.
+    # A step whose loss or gradient is not finite is skipped and counted; this many in a row stop the run.
     max_skipped_steps: int = 5
 
     def validate(self, path: str = "train") -> None:
