@@ -50,8 +50,6 @@ def main() -> int:
     if arguments.sbatch and arguments.launcher != "slurm":
         raise InputError("--sbatch: needs --launcher slurm")
     local = arguments.launcher == "local"
-    if arguments.jobs is not None and not local:
-        raise InputError("--jobs: Slurm runs as many at a time as it has room for; leave it out")
     grid = load_grid(arguments.grid)
     gpus = visible_gpus(grid) if local else ()
     jobs = arguments.jobs or len(gpus) or cores()
@@ -63,6 +61,8 @@ def main() -> int:
                 raise InputError(f"{option}: a search suggests its runs one after the other, here; leave it out")
         trials = stored_trials(grid) if folder == grid.folder else read_trials(folder)
         grid = load_grid(arguments.grid, trials=trials)
+    if arguments.jobs is not None and not local:
+        raise InputError("--jobs: Slurm runs as many at a time as it has room for; leave it out")
     if arguments.report is not None:
         if not arguments.report and (grid.folder / "runs").is_dir():
             grid = with_threads(grid, arguments.grid, share)

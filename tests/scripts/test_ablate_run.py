@@ -160,7 +160,7 @@ def test_two_runners_of_one_grid(grid):
 
 def test_results_are_evaluated_again_when_the_evaluation_changes(grid, stand_in):
     run(grid)
-    Path("g.yaml").write_text(yaml.safe_dump({**GRID, "evaluate": {"answers": "validation"}}))
+    Path("g.yaml").write_text(yaml.safe_dump({**GRID, "evaluate": {"curvature_rows": 16}}))
     assert not any(is_done(load_grid("g.yaml"), cell) for cell in grid.cells)
     for cell in grid.cells:  # with checkpoints, that is
         (run_folder(grid, cell) / "checkpoints/step-00000009").mkdir(parents=True)
