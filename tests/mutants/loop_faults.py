@@ -14,6 +14,7 @@ ORACLE = "tests/training/test_step_oracle.py::test_every_step_has_the_gradients_
 RESUME = "tests/test_train_exactness.py::test_resume_is_exact"
 IDS = "SequenceContext.from_document_ids(batch.document_ids[rows])"
 SELECT = "triples.select(rows) if triples is not None else None"
+GIVEN = "torch.full((), stp_weight, device=machine.device) if stp_weight else None"
 WEIGHT = "gate.weight(state.tokens)"
 CONSUMED = "return self.full_weight * self.fraction(consumed_tokens)"
 
@@ -65,8 +66,8 @@ MUTANTS = (
     ),
     Mutant(
         "term left out under accumulation",
-        "only the first micro-batch has the term",
-        loop(SELECT, SELECT.replace("is not None", "is not None and number == 0")),
+        "only in the first micro-batch the term has a weight",
+        loop(GIVEN, GIVEN.replace("if stp_weight else", "if stp_weight and number == 0 else")),
         ORACLE,
     ),
     Mutant(
