@@ -102,7 +102,7 @@ def test_a_stop_ends_what_runs_starts_nothing_more_and_can_go_on(grid, stand_in,
 
 
 def test_on_a_terminal_there_is_a_live_table(grid, stand_in, monkeypatch):
-    monkeypatch.setenv("SLEEP", "0.3")
+    monkeypatch.setenv("SLEEP", "1")  # two looks at each run: the table is drawn twice a second
     monkeypatch.setenv("FAIL", "triple")
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=160)
