@@ -91,16 +91,10 @@ class Saver:
         self.checkpoints.wait(seconds)
 
     def _require_same_data(self, path: Path) -> None:
-        """The config names texts, it does not hold them: a file that came or went makes other token ids and another
-        order. A checkpoint of an earlier version does not know its data; the receipt of its run does."""
-        was = load_state(path).get("data") or read_receipt(self.folder.path).get("data")
-        if not isinstance(was, dict) or not was.get("manifest_sha256"):
-            return  # neither says
-        if not any(was.get(key) == now for key, now in self.data.items()):
-            then, now = str(was["manifest_sha256"])[:12], self.data["manifest_sha256"][:12]
+        changed = changed_data(self.folder.path, path, self.data)
+        if changed is not None:
             raise InputError(
-                f"{self.folder.path}: its data were {then} (sha256 of the manifest) and are now {now}; put the "
-                f"texts back as they were, or start a new run (another run_id, resume=never) "
+                f"{changed}; put the texts back as they were, or start a new run (another run_id, resume=never) "
                 f"with init_from={self.folder.run_id}"
             )
 
@@ -121,3 +115,17 @@ def data_identity(data: Prepared) -> dict[str, str]:
         "manifest_sha256": data.manifest_sha256,
         "tokens_sha256": hashlib.sha256(canonical_json(tokens)).hexdigest(),
     }
+
+
+def changed_data(run: Path, checkpoint: Path, now: dict[str, str]) -> str | None:
+    """How the data of a run differ from those that its checkpoint was trained on; None if they do not, or nobody says.
+
+    The config names texts, it does not hold them: a file that came or went makes other token ids, another order and
+    other splits. A checkpoint of an earlier version does not know its data; the receipt of its run does. now: the
+    `data_identity` of what the config gives today.
+    """
+    was = load_state(checkpoint).get("data") or read_receipt(run).get("data")
+    if not isinstance(was, dict) or not was.get("manifest_sha256") or any(was.get(k) == v for k, v in now.items()):
+        return None
+    then, today = str(was["manifest_sha256"])[:12], now["manifest_sha256"][:12]
+    return f"{run}: its data were {then} (sha256 of the manifest) and are now {today}"
