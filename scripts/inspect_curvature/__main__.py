@@ -65,7 +65,12 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
 def _run_job(arguments: argparse.Namespace, device: torch.device) -> tuple[Job, Path]:
     source = open_run(arguments.run)
     pieces = choose_data(
-        arguments.data, source.prepared, source.tokenizer_sha256, arguments.tokens, arguments.documents
+        arguments.data,
+        source.trained_on,
+        source.prepared,
+        source.tokenizer_sha256,
+        arguments.tokens,
+        arguments.documents,
     )
     subject = load_subject(source, pieces.vocab_size, device)
     others = [open_run(name) for name in arguments.compare]

@@ -15,6 +15,7 @@ from errors import InputError, nearest
 from model.context import SequenceContext
 from model.hybrid import HybridLM
 from scripts.inspect_curvature.subject import Subject
+from scripts.trained_data import require_same_data
 from training.checkpoint import Checkpointer
 from training.checkpoint_folder import NAME, load_state, step_of
 from training.config import RunConfig, load_config
@@ -44,6 +45,12 @@ class RunSource:
         """The run's corpus, from the cache or made again. Raises InputError where that is not possible."""
         with show_progress() as progress:
             return prepare(self.config.data, progress=progress)
+
+    def trained_on(self) -> Prepared:
+        """The same, if it is what the run was trained on. Raises InputError."""
+        data = self.prepared()
+        require_same_data(data, self.folder, self.checkpoint)
+        return data
 
     def other_checkpoints(self) -> list[Path]:
         """The run's other checkpoints, oldest first, valid or not: whoever loads one checks every byte of it, and a

@@ -167,9 +167,15 @@ def from_tokens(
 
 
 def choose_data(
-    names: list[str], prepared: Callable[[], Prepared], tokenizer_sha256: str | None, max_tokens: int, n_pieces: int
+    names: list[str],
+    trained_on: Callable[[], Prepared],
+    prepared: Callable[[], Prepared],
+    tokenizer_sha256: str | None,
+    max_tokens: int,
+    n_pieces: int,
 ) -> Pieces:
-    """--data: validation (default) or train, a prepared folder, or text files. prepared: the run's own corpus.
+    """--data: validation (default) or train, a prepared folder, or text files. trained_on: the run's own corpus, whose
+    splits are those of its training; prepared: what its config gives today, for the tokenizer.
 
     Raises InputError: a prepared corpus of another tokenizer than the model's, nothing to read, nothing long enough,
     something beside a split.
@@ -177,7 +183,7 @@ def choose_data(
     if names and names[0] in SPLITS and len(names) > 1:
         raise InputError(f"--data: {names[0]} is the run's own corpus, {names[1]} would not be read; give one of them")
     if not names or names[0] in SPLITS:
-        corpus, split = prepared(), names[0] if names else "validation"
+        corpus, split = trained_on(), names[0] if names else "validation"
     elif len(names) == 1 and (Path(names[0]) / "manifest.json").is_file():
         corpus, split = open_prepared(names[0]), "validation"
     else:

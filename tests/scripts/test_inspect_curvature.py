@@ -15,6 +15,7 @@ import torch
 from inspect_cases import inspect, make_run, write_texts
 
 from analysis.curvature import curvature_degrees
+from data.prepare import prepared_folder
 from model.context import SequenceContext
 from scripts.inspect_curvature import native
 from scripts.inspect_curvature.native import load_subject, open_run, untrained_twin
@@ -211,6 +212,11 @@ BAD = {
     "only a damaged one": (lambda root: ["damaged"], "no valid checkpoint"),
     "other tokenizer": (lambda root: ["tiny", "--compare", "foreign"], "another tokenizer"),
     "data of another tokenizer": (lambda root: ["tiny", "--data", foreign_corpus(root)], "of tokenizer"),
+    "splits of other texts": (lambda root: [resplit(root)], "its data were"),
+    "files whatever the splits": (
+        lambda root: [resplit(root), "--data", "mine5.txt", "--skip-first", "50"],
+        "no piece has",
+    ),
     "no documents": (lambda root: ["tiny", "--data", "nowhere/*.txt"], "matches no file"),
     "a split and files": (lambda root: ["tiny", "--data", "validation", "mine5.txt"], "mine5.txt would not be read"),
     "too short": (lambda root: ["tiny", "--data", short_text(root)], "shorter than 4 tokens"),
@@ -226,9 +232,18 @@ BAD = {
 
 def foreign_corpus(root):
     source = open_run("foreign", root / "runs")
-    from data.prepare import prepared_folder
-
     return prepared_folder(source.config.data, root / "artifacts")
+
+
+def resplit(root):
+    """Run tiny, with its tokenizer and another share of its texts held out than it was trained without."""
+    if not (root / "runs/resplit").exists():
+        shutil.copytree(root / "runs/tiny", root / "runs/resplit")
+        config = load_config(root / "runs/tiny/config.yaml")
+        config.data.tokenizer.path = str(prepared_folder(config.data, root / "artifacts") / "tokenizer.model")
+        config.data.validation_fraction = 0.3
+        (root / "runs/resplit/config.yaml").write_text(config.to_yaml())
+    return "resplit"
 
 
 def short_text(root):
