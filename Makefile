@@ -36,7 +36,7 @@ train: $(VENV)/.ready ## train the default run (configs/demo.yaml); again: conti
 	$(PY) train.py $(CONFIG)
 
 test: $(VENV)/.ready ## the test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n logical --maxprocesses 4
 
 test-oracles: $(VENV)/.ready ## our blocks against transformers and against mamba-ssm's Triton kernels (interpreted on a CPU)
 	$(PY) -m scripts.peers

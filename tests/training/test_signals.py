@@ -85,6 +85,14 @@ def test_below_a_launcher_the_copy_of_a_signal_is_one_wish(monkeypatch):
         assert left == [1, 1, 1]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's script starts what it puts in the background with SIGINT ignored, and so may these tests be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 EARLY = """
     import os, signal, sys
     from training.signals import ends_at_once
@@ -102,12 +110,12 @@ EARLY = """
 """
 
 
-def test_an_interrupt_is_not_lost_in_a_library_before_the_run_is_open():
+def test_an_interrupt_is_not_lost_in_a_library_before_the_run_is_open(interruptible):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(EARLY)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""
 
 
-def test_afterwards_an_interrupt_is_an_exception_again():
+def test_afterwards_an_interrupt_is_an_exception_again(interruptible):
     with ends_at_once():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     with pytest.raises(KeyboardInterrupt):
