@@ -17,7 +17,7 @@ from training.config import load_config
 from training.distributed import ParallelConfig, World
 from training.machine import configure_threads, resident_growth
 from training.optimizer import build_optimizer, clip_gradients
-from training.plan_memory import Stack, peak_memory
+from training.plan_memory import Replay, Stack, largest
 
 VOCAB = 16_384
 
@@ -52,7 +52,7 @@ def main(path, kind, *overrides):
         measured = resident_growth(lambda: steps(world, config, config.model, rows, length))
         stack = Stack.trace(config.model, VOCAB, rows, length, torch.float32, "none", "cpu")
         shards = {"none": 1, "ddp": 1, "fsdp": world.size}[kind]
-        found = peak_memory(stack, shards, kind != "none")
+        found = largest(Replay(stack, shards, kind != "none").step())
         if world.is_main:
             print(json.dumps({"measured": measured, "predicted": found.total, **vars(found)}), flush=True)
 
