@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from tiny_run import ROOT, losses, make_place, receipt, start
@@ -97,3 +98,15 @@ def test_a_terminal_that_is_gone_changes_nothing(place):
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run([*line, "stp.wieght=1"], env=environment, stdout=full, stderr=full, timeout=100)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "seconds"),
+    [(2, RuntimeError(), 7.0), (2, InputError("all raise it"), None), (2, None, None), (1, RuntimeError(), None)],
+)
+def test_a_rank_that_fails_alone_waits_for_its_save_no_longer_than_for_others(ranks, error, seconds):
+    """The writers of a save wait for each other for half an hour, and some of them may be gone."""
+    run = MagicMock(owner=None)
+    run.world.size, run.config.parallel.timeout_seconds = ranks, 7.0
+    Run.__exit__(run, type(error) if error else None, error, None)
+    run.saver.wait.assert_called_once_with(seconds)
